@@ -1,0 +1,56 @@
+"""Mixed-dimension embedding: popular small tables keep the full width, large ones get fewer numbers and a projection.
+
+Ginart et al., "Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems", arXiv:1909.11810.
+Differs from upstream: tables at or below the threshold are plain (upstream crashes on them), and rounded dimensions are integers
+(upstream crashes on floats).
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dlrm_xla.embeddings import EmbeddingTable
+from dlrm_xla.init import uniform_rows
+from dlrm_xla.specs import TableSpec
+
+
+def dimensions(table_rows: list[int], temperature: float, base_dim: int, round_dims: bool) -> list[int]:
+    """The dimension of each table by the power rule d_i = lambda n_i^-alpha, in float32 as upstream computes it.
+
+    The smallest table gets base_dim; no table gets less than 1. With round_dims, the nearest power of two.
+    """
+    rows = torch.tensor(table_rows, dtype=torch.float32)
+    scale = base_dim * rows.min() ** temperature
+    dims = torch.round(torch.clamp(torch.ones(len(rows)) * scale * rows**-temperature, min=1))
+    # the first of the smallest tables gets exactly base_dim
+    dims[int(torch.sort(torch.tensor(table_rows)).indices[0])] = base_dim
+    if round_dims:
+        dims = 2 ** torch.round(torch.log2(dims))
+    return [int(dim) for dim in dims]
+
+
+class MixedDimTable(EmbeddingTable):
+    """N rows of `width` numbers and a projection [D, width]; with width == D no projection.
+
+    rng draws the rows; torch's stream draws the projection, after what upstream's layers draw and overwrite.
+    """
+
+    # the projection is linear: projecting the pooled rows is the same and cheaper
+    pools_before_combine = True
+
+    def __init__(self, spec: TableSpec, width: int, rng: np.random.RandomState):
+        discarded = torch.empty(spec.num_embeddings, width).normal_()
+        nn.init.xavier_uniform_(discarded)
+        projection = nn.Linear(width, spec.embedding_dim, bias=False) if width < spec.embedding_dim else nn.Identity()
+        if isinstance(projection, nn.Linear):
+            nn.init.xavier_uniform_(projection.weight)
+        super().__init__(spec, {"embs.weight": uniform_rows(rng, spec.num_embeddings, width, math.sqrt(1 / spec.num_embeddings))})
+        self.proj = projection
+
+    def row_ids(self, ids: Tensor) -> tuple[Tensor]:
+        return (ids,)
+
+    def combine(self, rows: tuple[Tensor]) -> Tensor:
+        return self.proj(rows[0])

@@ -1,0 +1,54 @@
+"""Quotient-remainder embedding: an id's vector is made of row id // c of one table and row id mod c of another.
+
+Shi et al., "Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation Systems", KDD 2020, arXiv:1909.02107.
+Differs from upstream, unless `upstream_compat`: rows are combined for each id and then pooled (upstream pools each side first, which for
+"mult" is another function of the bag), the quotient is an integer division (upstream's goes through float32), and the starting range is
+symmetric (upstream's is U(sqrt(1/n), 1)).
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dlrm_xla.embeddings import EmbeddingTable
+from dlrm_xla.specs import TableSpec
+
+
+class QRTable(EmbeddingTable):
+    """operation "mult" | "add": parts of D numbers; "concat": parts of D / 2.
+
+    collisions  c: rows of the remainder table; the quotient table has ceil(N / c).
+    Draws from torch's stream: the quotient table, then the remainder table.
+    """
+
+    def __init__(self, spec: TableSpec, operation: str, collisions: int, upstream_compat: bool):
+        dim = spec.embedding_dim // 2 if operation == "concat" else spec.embedding_dim
+        num_rows = (math.ceil(spec.num_embeddings / collisions), collisions)
+        quotient, remainder = (torch.empty(rows, dim) for rows in num_rows)
+        low, high = starting_range(spec.num_embeddings, operation, upstream_compat)
+        for part in (quotient, remainder):
+            nn.init.uniform_(part, low, high)
+        super().__init__(spec, {"weight_q": quotient, "weight_r": remainder})
+        self.operation, self.collisions, self.pools_before_combine = operation, collisions, upstream_compat
+        self.through_float = upstream_compat
+
+    def row_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.through_float:
+            return (ids / self.collisions).long(), torch.remainder(ids, self.collisions)
+        return torch.div(ids, self.collisions, rounding_mode="floor"), torch.remainder(ids, self.collisions)
+
+    def combine(self, rows: tuple[Tensor, Tensor]) -> Tensor:
+        quotient, remainder = rows
+        if self.operation == "concat":
+            return torch.cat([quotient, remainder], dim=-1)
+        return quotient + remainder if self.operation == "add" else quotient * remainder
+
+
+def starting_range(num_embeddings: int, operation: str, upstream_compat: bool) -> tuple[float, float]:
+    """Uniform bounds for both parts, such that a combined vector starts with a plain table's standard deviation, 1 / sqrt(3 n)."""
+    if upstream_compat:
+        return float(np.sqrt(1 / num_embeddings)), 1.0
+    bound = {"mult": (3 / num_embeddings) ** 0.25, "add": math.sqrt(0.5 / num_embeddings), "concat": math.sqrt(1 / num_embeddings)}[operation]
+    return -bound, bound

@@ -1,0 +1,1 @@
+"""Batches from random draws and from files."""

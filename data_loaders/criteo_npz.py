@@ -1,0 +1,222 @@
+"""The processed file: one .npz of int32 arrays that upstream can read too, and upstream's own, read without holding anything twice.
+
+Ours has what upstream's has (X_cat, X_int, y, counts; X_cat int32 instead of float64) and total_per_file and `meta`, a JSON text: format
+version, the flags it was made with, and the raw file's name, size and SHA-256 of its first and last MiB as stored (compressed, if it is).
+So a file made with other flags or from another raw file is refused; upstream uses it silently. It is not compressed: deflate costs 5 to 10
+times the rest of the writing, and reading it back as much.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
+from dlrm_xla.specs import UserError
+
+FORMAT_VERSION = 1
+_EDGE_BYTES = 1 << 20
+_CHUNK_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class RawFingerprint:
+    """Which raw file: name for the reader, bytes and the edges' SHA-256 (of the file as stored) for the check."""
+
+    name: str
+    size: int
+    head_sha256: str
+    tail_sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "RawFingerprint":
+        """Reads at most 2 MiB."""
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(_EDGE_BYTES)
+            file.seek(max(0, size - _EDGE_BYTES))
+            tail = file.read(_EDGE_BYTES)
+        return cls(path.name, size, hashlib.sha256(head).hexdigest(), hashlib.sha256(tail).hexdigest())
+
+    def same_file(self, other: "RawFingerprint") -> bool:
+        """The name may differ: a file that was moved is still the same."""
+        return (self.size, self.head_sha256, self.tail_sha256) == (other.size, other.head_sha256, other.tail_sha256)
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a processed file was made from and with."""
+
+    max_ind_range: int
+    sub_sample_rate: float
+    days: int
+    raw: RawFingerprint
+    format: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """JSON on one line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Meta":
+        """Raises ValueError, KeyError or TypeError where it is not ours."""
+        fields = json.loads(text)
+        return cls(**{**fields, "raw": RawFingerprint(**fields["raw"])})
+
+
+@dataclass
+class Processed:
+    """A processed file in memory: packed [n, 40] int32 = y | 13 counts | 26 ids; counts [26] distinct ids; rows of each day, or None."""
+
+    packed: np.ndarray
+    counts: np.ndarray
+    total_per_file: np.ndarray | None
+    meta: Meta | None
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, way_out: str) -> Iterator[IO[bytes]]:
+    """A file that appears under its name only when it is whole. It is written beside, as .<name>.<process>.tmp, under a lock, so that
+    what an interrupted run left is told from what another run is still writing, and removed. An OSError becomes a UserError that ends in way_out.
+    """
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        _remove_stale(path)
+        with open(temporary, "wb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks: only the cleaning up is lost
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {way_out}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes unfinished files of earlier runs: those whose lock nobody holds."""
+    for stale in path.parent.glob(f".{glob_escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), open(stale, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stale.unlink()
+
+
+def glob_escape(name: str) -> str:
+    """The name with the characters that glob would read as a pattern taken literally."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def write_npz(file: IO[bytes], arrays: dict[str, tuple[tuple[int, ...], Iterator[np.ndarray]]]) -> None:
+    """An uncompressed .npz; each array is (shape, its rows in pieces), so that it need not exist as a whole. The bytes depend on the values only."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, (shape, pieces) in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                header_written = False
+                for piece in pieces:
+                    if not header_written:
+                        header = {"descr": np.lib.format.dtype_to_descr(piece.dtype), "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(member, header)
+                        header_written = True
+                    member.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_npz(path: Path) -> Processed:
+    """A processed file of ours or of upstream, its values checked. Raises UserError where it is damaged or something else."""
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            return _read(archive, path)
+    except OSError as error:
+        raise UserError(f"--processed-data-file={path}: cannot read it: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError, NotImplementedError, MemoryError) as error:
+        if isinstance(error, UserError):
+            raise
+        cause = f"no array {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise UserError(f"{path}: damaged, or not a processed Criteo file ({_one_line(cause)}); {_way_out(path)}") from None
+
+
+def _read(archive: zipfile.ZipFile, path: Path) -> Processed:
+    members = {name.removesuffix(".npy") for name in archive.namelist()}
+    for name in ("X_cat", "X_int", "y", "counts"):
+        if name not in members:
+            raise KeyError(name)
+    counts = _read_small(archive, "counts")
+    if counts.shape != (NUM_SPARSE,) or counts.dtype.kind not in "iu" or (counts < 1).any():
+        raise UserError(f"{path}: counts is not {NUM_SPARSE} whole numbers above 0; {_way_out(path)}")
+    with archive.open("y.npy") as member:
+        shape = _header(member)[0]
+    if len(shape) != 1 or shape[0] < 1:
+        raise UserError(f"{path}: y has shape {shape}, not [rows]; {_way_out(path)}")
+    n = shape[0]
+    packed = np.empty((n, 1 + NUM_DENSE + NUM_SPARSE), dtype=np.int32)
+    first = 0
+    for name, width in (("y", 1), ("X_int", NUM_DENSE), ("X_cat", NUM_SPARSE)):
+        limits = counts if name == "X_cat" else np.full(width, 2 if name == "y" else 2**31)
+        _read_into(archive, name, packed[:, first : first + width], limits.astype(np.int64), path)
+        first += width
+    meta = Meta.from_json(str(_read_small(archive, "meta"))) if "meta" in members else None
+    total = _read_small(archive, "total_per_file") if "total_per_file" in members else None
+    return Processed(packed, counts.astype(np.int64), total, meta)
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(member)
+
+
+def _read_small(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def _read_into(archive: zipfile.ZipFile, name: str, out: np.ndarray, limits: np.ndarray, path: Path) -> None:
+    """Array `name` to out [n, width] int32, in pieces; a column's values must be whole numbers from 0 to its limit - 1."""
+    with archive.open(f"{name}.npy") as member:
+        shape, by_column, dtype = _header(member)
+        if shape != (out.shape if name != "y" else out.shape[:1]) or dtype.kind not in "iuf":
+            raise UserError(f"{path}: {name} is {dtype} {list(shape)}, not whole numbers {list(out.shape)}; {_way_out(path)}")
+        # upstream's X_cat is stored column after column: the same loop with rows and columns swapped
+        target = out.T if by_column else out
+        step = 1 if by_column else _CHUNK_ROWS
+        for start in range(0, len(target), step):
+            piece = target[start : start + step]
+            data = member.read(piece.size * dtype.itemsize)
+            values = np.frombuffer(data, dtype=dtype, count=piece.size).reshape(piece.shape)
+            limit = limits[start] if by_column else limits
+            if not ((values >= 0) & (values < limit)).all() or (dtype.kind == "f" and (values != np.floor(values)).any()):
+                rule = {"y": "0 or 1", "X_int": "from 0", "X_cat": "from 0 to its column's count - 1"}[name]
+                raise UserError(f"{path}: {name} holds a value that is not a whole number {rule}; {_way_out(path)}")
+            piece[:] = values
+        if member.read(1):  # reading to the end also checks the checksum
+            raise ValueError(f"{name} is longer than its header says")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+def _way_out(path: Path) -> str:
+    return f"delete {path.name} to have it made again, or name another --processed-data-file"

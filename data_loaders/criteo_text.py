@@ -1,0 +1,235 @@
+"""Criteo's raw text to arrays, block by block: label, 13 counts, 26 hexadecimal ids, separated by tabs, nothing between two tabs = missing.
+
+Upstream splits each line in Python (54 us of CPU per row). Here pyarrow cuts a block into columns, and the ids, eight ASCII digits in one
+64-bit word, become numbers a column at a time. A block that holds anything out of the ordinary goes through a careful reader, line by line,
+which either gives its rows or names the line, the column and the value that are wrong: no row is ever dropped.
+Accepted as upstream does: CRLF line ends, a last line without its end, upper-case ids, ids of fewer than eight digits, "0x" before an id.
+Refused though upstream takes it: a label other than 0 and 1 (an empty one included), blanks, signs and underscores that Python's int() allows.
+"""
+
+import gzip
+import re
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as csv
+from tqdm import tqdm
+
+from dlrm_xla.specs import UserError
+
+NUM_DENSE, NUM_SPARSE = 13, 26
+COLUMNS = ["label", *(f"I{i + 1}" for i in range(NUM_DENSE)), *(f"C{i + 1}" for i in range(NUM_SPARSE))]  # Criteo's own names
+BLOCK_BYTES = 4 << 20  # about 17,000 rows: a column of 64-bit words stays in the L2 cache
+_ORDINARY = b"0123456789abcdefABCDEF\t\n\r-"
+_LABEL = re.compile(rb"-?0+|0*1")
+_COUNT = re.compile(rb"-?[0-9]+")
+_HEX = re.compile(rb"(?:0[xX])?([0-9a-fA-F]{1,8})")
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass
+class Rows:
+    """Some consecutive rows: labels [n] int32, counts [n, 13] int32 (missing = 0, negative as written), hashes [26, n] uint32 (missing = 0)."""
+
+    labels: np.ndarray
+    counts: np.ndarray
+    hashes: np.ndarray
+
+    def keep(self, mask: np.ndarray) -> "Rows":
+        """The rows where mask [n] holds."""
+        return Rows(self.labels[mask], self.counts[mask], np.ascontiguousarray(self.hashes[:, mask]))
+
+
+def read_rows(path: Path, *, progress: bool) -> Iterator[Rows]:
+    """All rows of a raw file, plain or gzip (told by content), in order. A UserError names file, line, column and value of the first bad one."""
+    with ThreadPoolExecutor(2) as pool:
+        ahead = deque()
+        damage = None
+        try:
+            for block, first_line in _blocks(path, progress):
+                ahead.append(pool.submit(parse_block, block, first_line, path))
+                if len(ahead) > 3:
+                    yield ahead.popleft().result()
+        except UserError as error:  # a bad line before it comes first
+            damage = error
+        while ahead:
+            yield ahead.popleft().result()
+        if damage:
+            raise damage
+
+
+def _blocks(path: Path, progress: bool) -> Iterator[tuple[bytes, int]]:
+    """(whole lines, number of the first one), about BLOCK_BYTES each; the file's last line may lack its end."""
+    try:
+        stored = open(path, "rb")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"--raw-data-file={path}: cannot read it: {error.strerror}") from None
+    with stored, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"Reading {path.name}", disable=not progress) as bar:
+        try:
+            zipped = stored.read(2) == b"\x1f\x8b"
+            stored.seek(0)
+        except OSError as error:
+            raise UserError(f"--raw-data-file={path}: cannot read it: {error.strerror}") from None
+        text = gzip.GzipFile(fileobj=stored) if zipped else stored
+        rest, line = b"", 1
+        while True:
+            try:
+                piece = text.read(BLOCK_BYTES)
+            except (EOFError, OSError, zlib.error) as error:  # gzip: cut off, bad magic or checksum, damaged stream
+                parse_whole_lines(rest, line, path)
+                here = line + rest.count(b"\n")
+                cause = "ends before the end of its gzip data: it is cut off" if isinstance(error, EOFError) else f"is damaged: {error}"
+                raise UserError(f"{path}: line {here}: the file {cause}; fetch it again") from None
+            bar.update(stored.tell() - bar.n)
+            if not piece:
+                break
+            rest += piece
+            end = rest.rfind(b"\n") + 1
+            if end:
+                yield rest[:end], line
+                line += rest.count(b"\n", 0, end)
+                rest = rest[end:]
+            elif b"\0" in rest or len(rest) > 2 * BLOCK_BYTES:
+                raise UserError(f"{path}: line {line}: {_not_text(rest)}")
+        if rest:
+            yield rest, line
+        elif line == 1:
+            raise UserError(f"{path}: the file is empty; it needs lines of {len(COLUMNS)} columns separated by tabs")
+
+
+def parse_whole_lines(text: bytes, first_line: int, path: Path) -> None:
+    """Reports a bad line among the whole ones of `text`, so that it is named before the damage that follows it."""
+    if end := text.rfind(b"\n") + 1:
+        parse_block(text[:end], first_line, path)
+
+
+def parse_block(block: bytes, first_line: int, path: Path) -> Rows:
+    """Rows of a block of whole lines; first_line and path are for the message of a UserError."""
+    num_lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    lone_return = b"\r" in block and block.count(b"\r") != block.count(b"\r\n")
+    if not lone_return and not block.translate(None, _ORDINARY):
+        for id_type in (pa.binary(8), pa.string()):
+            rows = _parse_fast(block, id_type)
+            if rows is not None and len(rows.labels) == num_lines:
+                return rows
+    return _parse_carefully(block, first_line, path)
+
+
+def _parse_fast(block: bytes, id_type: pa.DataType) -> Rows | None:
+    """Rows of an ordinary block, or None where pyarrow or a check finds something else. id_type: 8 bytes exactly, or text of up to 8."""
+    number_columns, id_columns = COLUMNS[: 1 + NUM_DENSE], COLUMNS[1 + NUM_DENSE :]
+    types = dict.fromkeys(number_columns, pa.int32()) | dict.fromkeys(id_columns, id_type)
+    try:
+        table = csv.read_csv(
+            pa.BufferReader(block),
+            read_options=csv.ReadOptions(column_names=COLUMNS, use_threads=False, block_size=len(block) + 1),
+            parse_options=csv.ParseOptions(delimiter="\t", quote_char=False, ignore_empty_lines=False),
+            convert_options=csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True, check_utf8=False),
+        )
+    except pa.ArrowInvalid:
+        return None
+    columns = [column.combine_chunks() for column in table.columns]
+    labels = columns[0]
+    if labels.null_count:
+        return None
+    labels = labels.to_numpy()
+    if ((labels != 0) & (labels != 1)).any():
+        return None
+    n = len(labels)
+    counts = np.empty((n, NUM_DENSE), dtype=np.int32)
+    for i, column in enumerate(columns[1 : 1 + NUM_DENSE]):
+        counts[:, i] = pc.fill_null(column, 0).to_numpy() if column.null_count else column.to_numpy()
+    hashes = np.empty((NUM_SPARSE, n), dtype=np.uint32)
+    for i, column in enumerate(columns[1 + NUM_DENSE :]):
+        words = _words(column)
+        if words is None or not _hex_to_int(words, hashes[i]):
+            return None
+    return Rows(labels.copy(), counts, hashes)
+
+
+def _words(column: pa.Array) -> np.ndarray | None:
+    """[n] uint64, the eight characters of each id, missing = "00000000"; None where one is longer than eight."""
+    if column.type == pa.string():
+        column = pc.utf8_lpad(pc.fill_null(column, "0"), 8, "0")
+        if pc.max(pc.binary_length(column)).as_py() > 8:
+            return None
+        return np.frombuffer(column.buffers()[2], dtype="<u8", count=len(column))
+    if column.null_count:
+        column = pc.fill_null(column, pa.scalar(b"00000000", column.type))
+    return np.frombuffer(column.buffers()[1], dtype="<u8", count=len(column))
+
+
+def _hex_to_int(words: np.ndarray, out: np.ndarray) -> bool:
+    """Eight hexadecimal digits, first character in the lowest byte, to out [n] uint32. False where a character is a minus sign: the
+    others that are not digits were ruled out. A digit has bits 4 and 5 set, a letter bit 6; a minus sign (0x2D) neither 4 nor 6."""
+    u = np.uint64
+    ones = u(0x0101010101010101)
+    letters = (words >> u(6)) & ones
+    if ((((words >> u(4)) & ones) | letters) != ones).any():
+        return False
+    value = (words & u(0x0F0F0F0F0F0F0F0F)) + letters * u(9)
+    value = ((value << u(4)) | (value >> u(8))) & u(0x00FF00FF00FF00FF)
+    value = ((value << u(8)) | (value >> u(16))) & u(0x0000FFFF0000FFFF)
+    np.copyto(out, (value << u(16)) | (value >> u(32)), casting="unsafe")  # keeps the low 32 bits
+    return True
+
+
+def _parse_carefully(block: bytes, first_line: int, path: Path) -> Rows:
+    """Rows of any block, one line after the other; raises the UserError of the first bad line."""
+    lines = block.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    labels = np.empty(len(lines), dtype=np.int32)
+    counts = np.zeros((len(lines), NUM_DENSE), dtype=np.int32)
+    hashes = np.zeros((NUM_SPARSE, len(lines)), dtype=np.uint32)
+    for k, line in enumerate(lines):
+        cells = line.removesuffix(b"\r").split(b"\t")
+        where = f"{path}: line {first_line + k}"
+        if b"\0" in line or line.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
+            raise UserError(f"{where}: {_not_text(line)}")
+        if len(cells) != len(COLUMNS):
+            found = "the line is blank" if len(cells) == 1 and not cells[0].strip() else f"{len(cells)} columns"
+            raise UserError(f"{where}: {found}; a row has {len(COLUMNS)} columns separated by tabs: label, 13 counts, 26 ids")
+        if not _LABEL.fullmatch(cells[0]):
+            raise UserError(f"{where}, column 1 (label): {_show(cells[0])} is not 0 or 1")
+        labels[k] = cells[0].endswith(b"1")
+        for i, cell in enumerate(cells[1 : 1 + NUM_DENSE]):
+            if cell:
+                counts[k, i] = _count(cell, f"{where}, column {i + 2} (count {COLUMNS[i + 1]})")
+        for i, cell in enumerate(cells[1 + NUM_DENSE :]):
+            if cell:
+                digits = _HEX.fullmatch(cell)
+                if not digits:
+                    column = i + 2 + NUM_DENSE
+                    raise UserError(f"{where}, column {column} (id C{i + 1}): {_show(cell)} is not a hexadecimal id of 1 to 8 digits")
+                hashes[i, k] = int(digits[1], 16)
+    return Rows(labels, counts, hashes)
+
+
+def _count(cell: bytes, where: str) -> int:
+    if not _COUNT.fullmatch(cell):
+        raise UserError(f"{where}: {_show(cell)} is not a whole number")
+    value = int(cell) if len(cell) < 4000 else _INT32_MAX + 1
+    if not -_INT32_MAX - 1 <= value <= _INT32_MAX:
+        raise UserError(f"{where}: {_show(cell)} does not fit 32 bits ({-_INT32_MAX - 1} to {_INT32_MAX})")
+    return value
+
+
+def _show(cell: bytes) -> str:
+    """The value as it goes into a message: ASCII, in quotes, at most 40 characters."""
+    return ascii(cell[:40].decode("utf-8", "replace")) + ("..." if len(cell) > 40 else "")
+
+
+def _not_text(line: bytes) -> str:
+    if b"\0" in line or line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "NUL bytes or a UTF-16 mark: this is not plain text; save it as ASCII (or UTF-8 without a mark)"
+    if line.startswith(b"\xef\xbb\xbf"):
+        return "a UTF-8 byte order mark; save the file without it"
+    return f"no line end within {len(line) >> 20} MiB: this is not a Criteo text file"

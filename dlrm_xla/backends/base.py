@@ -1,0 +1,62 @@
+"""What the training loop asks of a device. A later backend (a successor of torch_xla) is one more file with these methods."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dlrm_xla.batch import Batch
+from dlrm_xla.ops.rows import AddRows
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A batch on the device: the fields of Batch, and valid [B, 1] float32, 1 for rows that count."""
+
+    dense: Tensor
+    ids: Tensor
+    weights: Tensor | None
+    labels: Tensor
+    valid: Tensor
+
+    @classmethod
+    def from_packed(cls, floats: Tensor, ids: Tensor, weighted: bool) -> "StepBatch":
+        """The slices of what Batch.pack made, wherever it has been sent since."""
+        slots = ids.shape[1] if weighted else 0
+        num_dense = floats.shape[1] - 2 - slots
+        weights = floats[:, num_dense + 2 :] if weighted else None
+        return cls(floats[:, :num_dense], ids, weights, floats[:, num_dense : num_dense + 1], floats[:, num_dense + 1 : num_dense + 2])
+
+
+class Backend(Protocol):
+    """
+    name         "cpu" | "cuda" | "xla"
+    device       where tensors live
+    add_rows     in-place addition to rows that runs well there (ops/rows.py)
+    console      upstream's line about the device
+    description  the hardware, for the run's records
+    """
+
+    name: str
+    device: torch.device
+    add_rows: AddRows
+    console: str
+    description: str
+
+    def to_device(self, batch: Batch) -> StepBatch: ...
+
+    def end_step(self) -> None:
+        """Everything recorded since the last call may run now; returns without waiting for it."""
+
+    def wait(self) -> None:
+        """Returns when all work handed over so far is done."""
+
+    def compiles(self) -> int | None:
+        """Programs compiled so far; None where nothing compiles."""
+
+    def fallbacks(self) -> dict[str, int]:
+        """Operators that ran on the host instead, and how often."""
+
+    def metrics_report(self) -> str:
+        """--tpu-metrics-debug."""

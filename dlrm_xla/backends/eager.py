@@ -1,0 +1,46 @@
+"""CPU and CUDA: PyTorch as it is."""
+
+import platform
+
+import torch
+
+from dlrm_xla.backends.base import StepBatch
+from dlrm_xla.batch import Batch
+from dlrm_xla.ops.rows import add_rows_scatter
+from dlrm_xla.specs import UserError
+
+
+class EagerBackend:
+    add_rows = staticmethod(add_rows_scatter)
+
+    def __init__(self, name: str):
+        if name == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device=cuda: this PyTorch sees no CUDA device; use --device=cpu, or --device=auto to take what there is")
+        self.name = name
+        self.device = torch.device(name)
+        if name == "cuda":
+            torch.backends.cudnn.deterministic = True
+        self.console = "Using 1 GPU(s)..." if name == "cuda" else "Using CPU..."
+        self.description = torch.cuda.get_device_name() if name == "cuda" else platform.processor() or platform.machine()
+
+    def to_device(self, batch: Batch) -> StepBatch:
+        if self.name == "cpu":
+            return StepBatch(batch.dense, batch.ids, batch.weights, batch.labels, batch.valid_mask())
+        floats, ids = (part.pin_memory().to(self.device, non_blocking=True) for part in batch.pack())
+        return StepBatch.from_packed(floats, ids, batch.weights is not None)
+
+    def end_step(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        if self.name == "cuda":
+            torch.cuda.synchronize()
+
+    def compiles(self) -> int | None:
+        return None
+
+    def fallbacks(self) -> dict[str, int]:
+        return {}
+
+    def metrics_report(self) -> str:
+        raise UserError("--tpu-metrics-debug: torch_xla's metrics exist on --device=xla only; leave it out")

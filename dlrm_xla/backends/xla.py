@@ -1,0 +1,72 @@
+"""XLA through torch_xla: TPU, and the same programs on XLA's CPU backend (PJRT_DEVICE=CPU)."""
+
+import os
+import platform
+import sys
+
+import torch
+
+from dlrm_xla.backends.base import StepBatch
+from dlrm_xla.batch import Batch
+from dlrm_xla.ops.rows import add_rows_index
+from dlrm_xla.specs import UserError
+
+try:
+    # without a TPU and without a choice of the user's, the CPU backend: torch_xla would look for a TPU and fail
+    from dlrm_xla.backends import tpu_present
+
+    if "PJRT_DEVICE" not in os.environ and not tpu_present():
+        os.environ["PJRT_DEVICE"] = "CPU"
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+    import torch_xla.debug.metrics as met
+except ImportError as error:
+    IMPORT_ERROR: ImportError | None = error
+else:
+    IMPORT_ERROR = None
+
+
+class XlaBackend:
+    name = "xla"
+    add_rows = staticmethod(add_rows_index)
+
+    def __init__(self):
+        if IMPORT_ERROR is not None:
+            raise UserError(
+                f"--device=xla: torch_xla cannot be imported ({IMPORT_ERROR}); it has wheels for Linux x86-64 and Python 3.9 to 3.13 "
+                f"and this is {platform.system()} {platform.machine()} with Python {sys.version_info[0]}.{sys.version_info[1]}; use --device=cpu"
+            )
+        try:
+            self.device = torch_xla.device()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--device=xla: PJRT_DEVICE={os.environ.get('PJRT_DEVICE')} does not start ({reason}); set it to TPU or CPU") from None
+        hardware = xm.xla_device_hw(self.device)
+        self.console = f"Using XLA:{hardware}..."
+        self.description = f"XLA:{hardware}"
+
+    def to_device(self, batch: Batch) -> StepBatch:
+        # two transfers a batch instead of four or five; ids stay int32 on the way
+        floats, ids = (part.to(self.device) for part in batch.pack())
+        return StepBatch.from_packed(floats, ids, batch.weights is not None)
+
+    def end_step(self) -> None:
+        torch_xla.sync()
+
+    def wait(self) -> None:
+        # sync alone waits for the dispatch only
+        torch_xla.sync(wait=True)
+        xm.wait_device_ops()
+
+    def compiles(self) -> int | None:
+        data = met.metric_data("CompileTime")
+        return data[0] if data else 0
+
+    def fallbacks(self) -> dict[str, int]:
+        # _local_scalar_dense is the reading of a number, .item(), which has to end on the host
+        return {name: met.counter_value(name) for name in met.counter_names() if name.startswith("aten::") and name != "aten::_local_scalar_dense"}
+
+    def metrics_report(self) -> str:
+        return met.metrics_report()
+
+

@@ -1,0 +1,328 @@
+"""Checkpoints in upstream's format, both ways: one file with upstream's keys and parameter names, readable by upstream's --load-model.
+
+Differs from upstream: nothing but tensors, numbers and text is ever unpickled (upstream's own files hold a NumPy number, which is let
+through by name), the file is written beside and put in place, and the key "dlrm_xla" holds what an exact resume needs beyond upstream's keys.
+"""
+
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlrm_xla.config import Config
+from dlrm_xla.specs import UserError
+from dlrm_xla.train import Trainer
+
+# upstream's test_acc is a NumPy float64; old and new NumPy call its constructor by different names
+_NUMPY_NUMBERS = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+]
+_REQUIRED = ("state_dict", "iter", "epoch", "nepochs", "nbatches", "nbatches_test", "train_loss", "total_loss", "test_acc")
+_TORCH_GROUPS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+
+
+@dataclass
+class Progress:
+    """Where a run stands and what it has reached.
+
+    epoch, batch          batches done: `batch` of epoch `epoch`, both counted from 0
+    updates               steps of the learning rate's course
+    loss_sum, loss_rows   of the mean loss that the next log line will print
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    num_epochs: int = 0
+    num_batches: int = 0
+    num_test_batches: int = 0
+    train_loss: float = 0.0
+    test_accuracy: float = 0.0
+    test_auc: float | None = None
+    best_accuracy: float = 0.0
+    best_auc: float = 0.0
+    updates: int = 0
+    loss_sum: float = 0.0
+    loss_rows: float = 0.0
+
+
+@dataclass
+class Checkpoint:
+    """A file that was read. `exact`: it is ours and holds everything an exact resume needs; `learning_rate`: of the next update."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    optimizer: dict | None
+    progress: Progress
+    exact: bool
+    learning_rate: float | None = None
+    flags: dict = field(default_factory=dict)
+
+
+def check_writable(path: Path) -> None:
+    """UserError where a checkpoint could not be written there; better at the start than after an hour."""
+    if path.is_dir():
+        raise UserError(f"--save-model={path}: is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"--save-model={path}: the folder {path.parent} does not exist; make it, or choose another place")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--save-model={path}: no permission to write in {path.parent}; choose another place")
+
+
+def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
+    """Writes the file whole or not at all: an earlier one stays until the new one is on the disk."""
+    parts = parameters(trainer)
+    content = {
+        "nepochs": progress.num_epochs,
+        "nbatches": progress.num_batches,
+        "nbatches_test": progress.num_test_batches,
+        "state_dict": {name: weight.clone() for name, weight, _ in parts},
+        "test_acc": progress.test_accuracy,
+        "test_auc": progress.test_auc if progress.test_auc is not None else 0.0,
+        "epoch": progress.epoch,
+        "iter": progress.batch,
+        "train_loss": progress.train_loss,
+        "total_loss": 0.0,
+        "opt_state_dict": _optimizer_state(trainer, parts),
+        "dlrm_xla": {"version": 1, "progress": asdict(progress), "flags": flags},
+    }
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"--save-model={path}: cannot be written ({reason}); free some space or choose another place") from None
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads ours, upstream's, or the TPU port's file. UserError where it cannot be read or lacks something."""
+    flag = f"--load-model={path}"
+    if not path.exists():
+        raise UserError(f"{flag}: no such file")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{flag}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # the unpickler meets anything in a damaged file; whatever it says, the file is not a checkpoint
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise UserError(f"{flag}: holds more than tensors and numbers, so it is not loaded; save it again with plain values") from None
+        raise UserError(f"{flag}: not a readable checkpoint; is it complete? ({str(error).strip().splitlines()[0][:120]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{flag}: holds a {type(content).__name__}, not a checkpoint of DLRM")
+    missing = [key for key in _REQUIRED if key not in content]
+    if missing:
+        raise UserError(f"{flag}: is not a whole checkpoint of DLRM: it lacks {', '.join(missing)}")
+    ours = content.get("dlrm_xla")
+    return Checkpoint(
+        path=path,
+        weights={name.replace(".embtable.weight", ".weight"): tensor for name, tensor in content["state_dict"].items()},
+        optimizer=content.get("opt_state_dict"),
+        progress=Progress(**ours["progress"]) if ours else _upstream_progress(content),
+        exact=ours is not None,
+        learning_rate=_group_rate(content.get("opt_state_dict")),
+        flags=ours["flags"] if ours else {},
+    )
+
+
+def parameters(trainer: Trainer) -> list[tuple[str, Tensor, dict[str, Tensor]]]:
+    """(upstream's name, value, optimizer state) of everything trained, in the order of upstream's dlrm.parameters(), on the CPU.
+
+    On the CPU the tensors are views: writing to them writes to the model.
+    """
+    tables, listed = trainer.tables, []
+    stores = [
+        (store.weight.cpu(), {name: getattr(store, name).cpu() for name in trainer.rule.row_state}) for store in tables.stores
+    ]
+    dense_state = {id(parameter): state for parameter, state in zip(trainer.dense.parameters, trainer.dense.state, strict=True)}
+
+    def dense(name: str, parameter: Tensor) -> tuple[str, Tensor, dict[str, Tensor]]:
+        state = dense_state.get(id(parameter), {})
+        return name, parameter.detach().cpu(), {key: value.cpu() for key, value in state.items()}
+
+    for table, segments in zip(tables.tables, tables.segments, strict=True):
+        for segment in segments:
+            weight, state = stores[segment.store]
+            rows = slice(segment.start, segment.start + segment.num_rows)
+            listed.append((segment.name, weight[rows], {key: value[rows] for key, value in state.items()}))
+        listed += [dense(f"{table.spec.name}.{name}", parameter) for name, parameter in table.named_parameters()]
+    if tables.v_W_l is not None:
+        listed += [dense(f"v_W_l.{index}", parameter) for index, parameter in enumerate(tables.v_W_l)]
+    return listed + [dense(name, parameter) for name, parameter in trainer.model.named_parameters()]
+
+
+@torch.no_grad()
+def restore(trainer: Trainer, checkpoint: Checkpoint, with_optimizer: bool, reset_row_state: bool = False) -> None:
+    """Puts a checkpoint's weights, and its optimizer's state if asked, into the trainer's model.
+
+    Everything is checked before anything is changed; a mismatch is a UserError that names the table or layer, the flag and both values.
+    reset_row_state: leave all Adagrad sums at zero, as upstream's rwsadagrad does on resuming.
+    """
+    device = trainer.backend.device
+    parts = parameters(trainer)
+    check_shapes(checkpoint, {name: tuple(weight.shape) for name, weight, _ in parts})
+    states = _matched_states(trainer, checkpoint, parts) if with_optimizer and not reset_row_state else None
+    for index, (name, weight, state) in enumerate(parts):
+        weight.copy_(checkpoint.weights[name])
+        for key, value in state.items() if states is not None else ():
+            value.copy_(states[index][key])
+    if device.type == "cpu":
+        return
+    # `parts` were copies: send them back whole, store by store
+    values = {name: (weight, state) for name, weight, state in parts}
+    for index, store in enumerate(trainer.tables.stores):
+        segments = sorted((s for group in trainer.tables.segments for s in group if s.store == index), key=lambda s: s.start)
+        store.weight.copy_(torch.cat([values[s.name][0] for s in segments]))
+        for key in trainer.rule.row_state:
+            getattr(store, key).copy_(torch.cat([values[s.name][1][key] for s in segments]))
+    named = {id(parameter): name for name, parameter in _dense_names(trainer)}
+    for parameter, state in zip(trainer.dense.parameters, trainer.dense.state, strict=True):
+        for key, value in state.items():
+            value.copy_(values[named[id(parameter)]][1][key])
+    for name, parameter in _dense_names(trainer):
+        parameter.copy_(values[name][0])
+    trainer.backend.end_step()
+
+
+def _dense_names(trainer: Trainer):
+    for table in trainer.tables.tables:
+        for name, parameter in table.named_parameters():
+            yield f"{table.spec.name}.{name}", parameter
+    for index, parameter in enumerate(trainer.tables.v_W_l if trainer.tables.v_W_l is not None else ()):
+        yield f"v_W_l.{index}", parameter
+    yield from trainer.model.named_parameters()
+
+
+def check_shapes(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:
+    """UserError at the first parameter that the checkpoint lacks, has too much, or has in another shape."""
+    found = {name: tuple(tensor.shape) for name, tensor in checkpoint.weights.items()}
+    prefix = f"--load-model={checkpoint.path}"
+    for name in [*wanted, *found]:
+        here, there = wanted.get(name), found.get(name)
+        if here != there:
+            raise UserError(f"{prefix}: {_explain(name, here, there)}")
+
+
+def _explain(name: str, here: tuple[int, ...] | None, there: tuple[int, ...] | None) -> str:
+    def shape(value: tuple[int, ...] | None) -> str:
+        return "none" if value is None else " x ".join(map(str, value))
+
+    if name.startswith("emb_l."):
+        table = ".".join(name.split(".")[:2])
+        what = f"table {table} ({name}) is {shape(there)} in the checkpoint and {shape(here)} here"
+        if here is None or there is None:
+            return f"{what}; --qr-flag, --md-flag and the number of tables must be those it was trained with"
+        if here[0] != there[0]:
+            return f"{what}; --arch-embedding-size, or --max-ind-range and the data set, must be those it was trained with"
+        return f"{what}; --arch-sparse-feature-size must be {there[1]}"
+    if name.startswith("v_W_l."):
+        return f"the pooling weights {name} are {shape(there)} in the checkpoint and {shape(here)} here; check --weighted-pooling"
+    flag = "--arch-mlp-bot" if name.startswith("bot_l") else "--arch-mlp-top (and --arch-interaction-op, --arch-interaction-itself)"
+    return f"layer {name} is {shape(there)} in the checkpoint and {shape(here)} here; {flag} must be as it was trained"
+
+
+def _upstream_progress(content: dict) -> Progress:
+    accuracy, auc = float(content["test_acc"]), content.get("test_auc")
+    return Progress(
+        epoch=int(content["epoch"]),
+        batch=int(content["iter"]),
+        num_epochs=int(content["nepochs"]),
+        num_batches=int(content["nbatches"]),
+        num_test_batches=int(content["nbatches_test"]),
+        train_loss=float(content["train_loss"]),
+        test_accuracy=accuracy,
+        test_auc=None if auc is None else float(auc),
+        best_accuracy=accuracy,
+        best_auc=0.0 if auc is None else float(auc),
+        # upstream saves no scheduler; without gradient accumulation it has made a step for every batch
+        updates=int(content["epoch"]) * int(content["nbatches"]) + int(content["iter"]),
+        loss_sum=float(content["total_loss"]),
+    )
+
+
+def _group_rate(optimizer: dict | None) -> float | None:
+    try:
+        return float(optimizer["param_groups"][0]["lr"])
+    except (TypeError, KeyError, IndexError, ValueError):
+        return None
+
+
+def _optimizer_state(trainer: Trainer, parts: list) -> dict:
+    """What torch's optimizer over dlrm.parameters(), or upstream's RWSAdagrad, would save."""
+    rule, rate = trainer.rule.name, trainer.next_rate()
+    states = {}
+    for index, (_, _, state) in enumerate(parts):
+        if rule == "adagrad":
+            states[index] = {"step": torch.tensor(float(trainer.updates)), **{key: value.clone() for key, value in state.items()}}
+        elif rule == "rwsadagrad":
+            states[index] = {"step": trainer.updates, **{key: value.clone() for key, value in state.items()}}
+    if rule == "rwsadagrad":
+        group = {"lr": rate, "lr_decay": 0.0, "eps": 1e-10, "weight_decay": 0.0, "initial_accumulator_value": 0.0}
+    else:
+        group = _TORCH_GROUPS[rule]([torch.nn.Parameter(torch.zeros(1))], lr=rate).state_dict()["param_groups"][0]
+    return {"state": states, "param_groups": [{**group, "initial_lr": trainer.config.train.learning_rate, "params": list(range(len(parts)))}]}
+
+
+def _matched_states(trainer: Trainer, checkpoint: Checkpoint, parts: list) -> list[dict[str, Tensor]]:
+    """For each parameter its Adagrad sums from the checkpoint; zeros for one that it has none for. UserError for another optimizer's."""
+    prefix = f"--load-model={checkpoint.path}"
+    if checkpoint.optimizer is None:
+        raise UserError(f"{prefix}: has no optimizer's state, so training cannot go on from it; use --inference-only")
+    saved = checkpoint.optimizer.get("state", {})
+    keys = {key for state in saved.values() for key in state}
+    made_by = "rwsadagrad" if "momentum" in keys and "sum" in keys else "adagrad" if "sum" in keys else "sgd"
+    if made_by != trainer.rule.name:
+        raise UserError(f"{prefix}: was trained with --optimizer={made_by}, and --optimizer={trainer.rule.name} cannot go on from its state")
+    order = list(range(len(parts)))
+    if sum(len(group["params"]) for group in checkpoint.optimizer["param_groups"]) != len(parts):
+        # upstream's --debug-mode leaves the learned pooling weights out
+        order = [index for index in order if not parts[index][0].startswith("v_W_l.")]
+    matched: list[dict[str, Tensor]] = [{key: torch.zeros_like(value) for key, value in state.items()} for _, _, state in parts]
+    for position, index in enumerate(order):
+        name, _, wanted = parts[index]
+        for key, value in wanted.items():
+            found = saved.get(position, {}).get(key)
+            if found is None:
+                continue
+            if found.shape != value.shape:
+                raise UserError(f"{prefix}: the optimizer's {key} of {name} is {tuple(found.shape)} in the checkpoint and {tuple(value.shape)} here")
+            matched[index][key] = found
+    return matched
+
+
+def resume(trainer: Trainer, loaded: Checkpoint, config: Config) -> Progress:
+    """Puts a checkpoint into the trainer and says where the run goes on; for --inference-only its weights only.
+
+    With --upstream-compat the learning rate's course starts anew (its first update at the saved rate) and rwsadagrad's sums at zero.
+    """
+    compat = config.upstream_compat
+    if config.inference_only:
+        restore(trainer, loaded, with_optimizer=False)
+        return Progress()
+    restore(trainer, loaded, with_optimizer=True, reset_row_state=compat and config.train.optimizer == "rwsadagrad")
+    progress = replace(loaded.progress)
+    if compat:
+        trainer.first_rate = loaded.learning_rate
+        progress.loss_sum = progress.loss_rows = 0.0
+    else:
+        trainer.updates = progress.updates if loaded.exact else progress.updates // config.train.accumulate
+    return progress

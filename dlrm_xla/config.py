@@ -1,0 +1,291 @@
+"""What a run is to do, checked once: frozen values made from the flags, so that nothing below asks argparse or checks again."""
+
+import argparse
+import math
+from dataclasses import asdict, dataclass
+
+from dlrm_xla.specs import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    embedding_dim: int  # D of the tables (half of the bottom MLP's last layer with QR concat)
+    bottom_layers: tuple[int, ...]  # sizes, input first
+    top_layers: tuple[int, ...]  # sizes without the input, which the interaction determines
+    interaction: str  # "dot" | "cat"
+    interaction_itself: bool
+    weighted_pooling: str | None  # None | "fixed" | "learned"
+    matmul_precision: str  # "float32" | "bfloat16"
+
+    @property
+    def feature_dim(self) -> int:
+        """Length of every vector that enters the interaction."""
+        return self.bottom_layers[-1]
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Upstream's two compression flags."""
+
+    kind: str | None  # None | "qr" | "md"
+    threshold: int  # for tables with more rows
+    qr_operation: str
+    qr_collisions: int
+    md_temperature: float
+    md_round_dims: bool
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    function: str  # "mse" | "bce" | "wbce"
+    weights: tuple[float, ...]  # wbce: of label 0, of label 1
+    threshold: float  # predictions are clamped to [t, 1 - t] where 0 < t < 1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str  # "random" | "trace" | "kaggle"
+    table_rows: tuple[int, ...]  # random data only
+    batch_size: int
+    test_batch_size: int
+    data_size: int
+    num_batches: int
+    num_workers: int
+    distribution: str
+    rand_min: float
+    rand_max: float
+    rand_mu: float
+    rand_sigma: float
+    trace_file: str
+    trace_padding: bool
+    num_indices_per_lookup: int
+    fixed_bags: bool
+    round_targets: bool
+    raw_data_file: str
+    processed_data_file: str
+    randomize: str
+    max_ind_range: int
+    sub_sample_rate: float
+    drop_last: bool
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    num_epochs: int
+    optimizer: str  # "sgd" | "adagrad" | "rwsadagrad"
+    learning_rate: float
+    warmup_steps: int
+    decay_start_step: int
+    decay_steps: int
+    accumulate: int  # batches to one step
+    seed: int
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    print_freq: int
+    test_freq: int
+    print_time: bool
+    print_wall_time: bool
+    print_precision: int
+    debug: bool
+    profile: bool
+    save_onnx: bool
+    run_dir: str
+    tensorboard_dir: str
+    save_model: str
+    save_every: int
+    load_model: str
+    mlperf: bool
+    accuracy_threshold: float
+    auc_threshold: float
+    xla_metrics: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig
+    method: MethodConfig
+    loss: LossConfig
+    data: DataConfig
+    train: TrainConfig
+    output: OutputConfig
+    device: str  # "auto" | "cpu" | "cuda" | "xla"
+    inference_only: bool
+    quantize_mlp_bits: int
+    quantize_embedding_bits: int
+    upstream_compat: bool
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Config":
+        """Checks every rule between flags. Raises UserError with the flag, its value and the way out."""
+        refuse_unsupported(args)
+        check_choices(args)
+        check_numbers(args)
+        bottom, top = ints(args.arch_mlp_bot), ints(args.arch_mlp_top)
+        dataset = args.data_generation == "dataset"
+        if dataset:
+            bottom = (13, *bottom[1:])
+        check_architecture(args, bottom, top)
+        pooling = args.weighted_pooling and ("fixed" if args.weighted_pooling == "fixed" else "learned")
+        batch = args.mini_batch_size
+        return cls(
+            model=ModelConfig(
+                args.arch_sparse_feature_size, bottom, top, args.arch_interaction_op, args.arch_interaction_itself, pooling or None,
+                args.matmul_precision,
+            ),
+            method=MethodConfig(
+                "qr" if args.qr_flag else "md" if args.md_flag else None,
+                args.md_threshold if args.md_flag and not args.qr_flag else args.qr_threshold,
+                args.qr_operation, args.qr_collisions, args.md_temperature, args.md_round_dims,
+            ),
+            loss=LossConfig(args.loss_function, tuple(map(float, args.loss_weights.split("-"))), args.loss_threshold),
+            data=DataConfig(
+                source="kaggle" if dataset else "trace" if args.data_generation == "synthetic" else "random",
+                table_rows=() if dataset else ints(args.arch_embedding_size),
+                batch_size=batch,
+                test_batch_size=args.test_mini_batch_size if args.test_mini_batch_size > 0 else batch,
+                data_size=args.data_size,
+                num_batches=args.num_batches,
+                num_workers=args.num_workers,
+                distribution=args.rand_data_dist,
+                rand_min=args.rand_data_min, rand_max=args.rand_data_max, rand_mu=args.rand_data_mu, rand_sigma=args.rand_data_sigma,
+                trace_file=args.data_trace_file,
+                trace_padding=args.data_trace_enable_padding,
+                num_indices_per_lookup=args.num_indices_per_lookup,
+                fixed_bags=args.num_indices_per_lookup_fixed,
+                round_targets=args.round_targets,
+                raw_data_file=args.raw_data_file,
+                processed_data_file=args.processed_data_file,
+                randomize=args.data_randomize,
+                max_ind_range=args.max_ind_range,
+                sub_sample_rate=args.data_sub_sample_rate,
+                drop_last=args.drop_last,
+            ),
+            train=TrainConfig(
+                args.nepochs, args.optimizer, args.learning_rate, args.lr_num_warmup_steps, args.lr_decay_start_step,
+                args.lr_num_decay_steps, args.mlperf_grad_accum_iter if args.mlperf_logging else 1, args.numpy_rand_seed,
+            ),
+            output=OutputConfig(
+                args.print_freq, args.test_freq, args.print_time, args.print_wall_time, args.print_precision, args.debug_mode,
+                args.enable_profiling, args.save_onnx, args.log_dir or args.tensor_board_filename, args.tensor_board_filename if not args.log_dir or args.tensor_board_filename != "run_kaggle_pt" else args.log_dir,
+                args.save_model, args.save_every, args.load_model, args.mlperf_logging, args.mlperf_acc_threshold,
+                args.mlperf_auc_threshold, args.tpu_metrics_debug,
+            ),
+            device=chosen_device(args),
+            inference_only=args.inference_only,
+            quantize_mlp_bits=args.quantize_mlp_with_bit,
+            quantize_embedding_bits=args.quantize_emb_with_bit,
+            upstream_compat=args.upstream_compat,
+        )
+
+
+def ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("-"))
+
+
+def refuse_unsupported(args) -> None:
+    """Flags that this version cannot honour, each with the reason. None is ignored."""
+    refusals = (
+        (args.activation_function != "relu", f"--activation-function={args.activation_function}: upstream reads this flag nowhere and its MLPs are always relu; leave it out"),
+        (args.data_generation == "internal", "--data-generation=internal: needs a library that Meta has not published; use random, synthetic or dataset"),
+        (args.data_set == "terabyte", "--data-set=terabyte: this version reads Criteo Kaggle files only; use --data-set=kaggle"),
+        (args.memory_map, "--memory-map: not in this version, which keeps the data in memory as int32 (160 bytes a row); leave it out"),
+        (args.mlperf_bin_loader, "--mlperf-bin-loader: needs the terabyte data set, which this version does not read; leave it out"),
+        (args.mlperf_bin_shuffle, "--mlperf-bin-shuffle: needs --mlperf-bin-loader, which this version does not have; leave it out"),
+        (args.plot_compute_graph, "--plot-compute-graph: upstream only ends with an error message here; --save-onnx writes the graph"),
+        (args.local_rank != -1, f"--local_rank={args.local_rank}: this version trains in one process; leave it out"),
+        (args.dist_backend != "", f"--dist-backend={args.dist_backend}: this version trains in one process; leave it out"),
+        (args.tpu_cores != 1, f"--tpu-cores={args.tpu_cores}: this version trains on one chip; use --tpu-cores=1"),
+        (not args.sync_dense_params, "--sync-dense-params=False: concerns several GPUs in one process; this version uses one; leave it out"),
+    )
+    for wrong, message in refusals:
+        if wrong:
+            raise UserError(message)
+
+
+def check_choices(args) -> None:
+    for name, value, allowed in (
+        ("loss-function", args.loss_function, ("mse", "bce", "wbce")),
+        ("optimizer", args.optimizer, ("sgd", "adagrad", "rwsadagrad")),
+        ("qr-operation", args.qr_operation, ("mult", "add", "concat")),
+        ("rand-data-dist", args.rand_data_dist, ("uniform", "gaussian")),
+        ("data-randomize", args.data_randomize, ("total", "day", "none")),
+        ("data-set", args.data_set, ("kaggle",)),
+        ("quantize-mlp-with-bit", args.quantize_mlp_with_bit, (8, 16, 32)),
+        ("quantize-emb-with-bit", args.quantize_emb_with_bit, (4, 8, 32)),
+    ):
+        if value not in allowed:
+            raise UserError(f"--{name}={value}: must be one of {', '.join(map(str, allowed))}")
+
+
+def check_numbers(args) -> None:
+    at_least = (
+        ("mini-batch-size", 1), ("data-size", 1), ("nepochs", 0), ("print-freq", 1), ("num-indices-per-lookup", 1), ("num-workers", 0),
+        ("num-batches", 0), ("qr-collisions", 1), ("mlperf-grad-accum-iter", 1), ("lr-num-warmup-steps", 0), ("lr-decay-start-step", 0),
+        ("lr-num-decay-steps", 0), ("save-every", 0), ("arch-sparse-feature-size", 1), ("print-precision", 0), ("numpy-rand-seed", 0),
+    )  # fmt: skip
+    for name, least in at_least:
+        value = getattr(args, name.replace("-", "_"))
+        if value < least:
+            raise UserError(f"--{name}={value}: must be at least {least}")
+    for name in ("learning-rate", "rand-data-min", "rand-data-max", "rand-data-mu", "rand-data-sigma", "md-temperature", "loss-threshold"):
+        if not math.isfinite(getattr(args, name.replace("-", "_"))):
+            raise UserError(f"--{name}={getattr(args, name.replace('-', '_'))}: must be a finite number")
+    rules = (
+        (args.learning_rate < 0, f"--learning-rate={args.learning_rate}: must not be negative"),
+        (args.numpy_rand_seed >= 2**32, f"--numpy-rand-seed={args.numpy_rand_seed}: must be below 2^32"),
+        (args.test_mini_batch_size == 0 or args.test_mini_batch_size < -1, f"--test-mini-batch-size={args.test_mini_batch_size}: must be -1 (as --mini-batch-size) or at least 1"),
+        (not 0 <= args.data_sub_sample_rate < 1, f"--data-sub-sample-rate={args.data_sub_sample_rate}: must be at least 0 and below 1"),
+        (args.max_ind_range == 0 or args.max_ind_range < -1, f"--max-ind-range={args.max_ind_range}: must be -1 (no folding) or at least 1"),
+        (args.rand_data_min > args.rand_data_max, f"--rand-data-min={args.rand_data_min} is above --rand-data-max={args.rand_data_max}"),
+        (args.rand_data_sigma < 0, f"--rand-data-sigma={args.rand_data_sigma}: must not be negative"),
+        (args.rand_data_min < 0, f"--rand-data-min={args.rand_data_min}: ids start at 0; it must not be negative"),
+        (args.lr_decay_start_step < args.lr_num_warmup_steps, f"--lr-decay-start-step={args.lr_decay_start_step} is before the end of --lr-num-warmup-steps={args.lr_num_warmup_steps}; warm-up must end before the decay starts"),
+        (args.mlperf_grad_accum_iter > 1 and not args.mlperf_logging, f"--mlperf-grad-accum-iter={args.mlperf_grad_accum_iter}: works with --mlperf-logging only; add it"),
+        (args.mlperf_acc_threshold > 0 and not args.mlperf_logging, "--mlperf-acc-threshold works with --mlperf-logging only; add it"),
+        (args.mlperf_auc_threshold > 0 and not args.mlperf_logging, "--mlperf-auc-threshold works with --mlperf-logging only; add it"),
+        (args.inference_only and args.save_every > 0, "--save-every has nothing to save with --inference-only; leave one of them out"),
+    )  # fmt: skip
+    for wrong, message in rules:
+        if wrong:
+            raise UserError(message)
+
+
+def check_architecture(args, bottom, top) -> None:
+    """Shapes that must agree, and methods that exclude each other."""
+    dim, last = args.arch_sparse_feature_size, bottom[-1]
+    concat = args.qr_flag and args.qr_operation == "concat"
+    weights = args.loss_weights.split("-")
+    quantized = args.quantize_emb_with_bit != 32 or args.quantize_mlp_with_bit != 32
+    rules = (
+        (min(bottom) < 1, f"--arch-mlp-bot={args.arch_mlp_bot}: every layer needs at least one unit"),
+        (min(top) < 1, f"--arch-mlp-top={args.arch_mlp_top}: every layer needs at least one unit"),
+        (len(bottom) < 2, f"--arch-mlp-bot={args.arch_mlp_bot}: needs an input and at least one layer, as in 13-64-16"),
+        (top[-1] != 1, f"--arch-mlp-top={args.arch_mlp_top}: must end in 1, the probability of a click"),
+        (concat and 2 * dim != last, f"--arch-sparse-feature-size={dim} with --qr-operation=concat gives vectors of {2 * dim}, but --arch-mlp-bot ends in {last}; make it end in {2 * dim}"),
+        (not concat and dim != last, f"--arch-sparse-feature-size={dim} does not match the last layer {last} of --arch-mlp-bot; make them equal"),
+        (args.data_generation != "dataset" and min(ints(args.arch_embedding_size)) < 1, f"--arch-embedding-size={args.arch_embedding_size}: every table needs at least one row"),
+        (args.qr_flag and args.md_flag, "--qr-flag and --md-flag: a table can be compressed by one of them only"),
+        (bool(args.weighted_pooling) and args.qr_flag, "--weighted-pooling with --qr-flag is not supported; leave one of them out"),
+        (bool(args.weighted_pooling) and args.md_flag, "--weighted-pooling with --md-flag is not supported; leave one of them out"),
+        (args.loss_function == "wbce" and len(weights) != 2, f"--loss-weights={args.loss_weights}: wbce needs two, of label 0 and of label 1"),
+        (args.quantize_emb_with_bit != 32 and args.qr_flag, f"--quantize-emb-with-bit={args.quantize_emb_with_bit} with --qr-flag is not supported; leave one of them out"),
+        (args.quantize_emb_with_bit != 32 and args.md_flag, f"--quantize-emb-with-bit={args.quantize_emb_with_bit} with --md-flag is not supported; leave one of them out"),
+        (quantized and not args.inference_only, "--quantize-mlp-with-bit and --quantize-emb-with-bit quantize a trained model: add --inference-only"),
+        (quantized and chosen_device(args) in ("cuda", "xla"), "quantized inference runs on the CPU only: use --device=cpu"),
+        (args.data_generation == "dataset" and not (args.raw_data_file or args.processed_data_file), "--data-generation=dataset needs --raw-data-file (Criteo text) or --processed-data-file"),
+    )  # fmt: skip
+    for wrong, message in rules:
+        if wrong:
+            raise UserError(message)
+
+
+def chosen_device(args) -> str:
+    asked = {name for name, on in (("cuda", args.use_gpu), ("xla", args.use_tpu), (args.device, args.device != "auto")) if on}
+    if len(asked) > 1:
+        raise UserError(f"the flags ask for two devices, {' and '.join(sorted(asked))}; keep one of --device, --use-gpu, --use-tpu")
+    return asked.pop() if asked else "auto"

@@ -1,0 +1,1 @@
+"""Models over dense features and pooled embeddings."""

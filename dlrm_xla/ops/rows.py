@@ -1,0 +1,38 @@
+"""Adding to rows of a matrix in place, duplicates included, at a cost that depends on the rows touched.
+
+Eager PyTorch and XLA want different operators: on 53,248 rows of 16 over two cores `scatter_add_` with an expanded index takes 1.1 ms and
+`index_add_` 3.7 ms in eager mode (it sorts once and adds in parallel), while XLA lowers the expanded index element by element (3 to 4 times
+slower than `index_add_`). A backend picks its own.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+AddRows = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def add_rows_scatter(target: Tensor, rows: Tensor, values: Tensor) -> None:
+    """target [V, d] or [V] += values [K, d] or [K] at rows [K] int64, in place."""
+    index = rows if values.dim() == 1 else rows[:, None].expand_as(values)
+    target.scatter_add_(0, index, values)
+
+
+def add_rows_index(target: Tensor, rows: Tensor, values: Tensor) -> None:
+    """The same by index_add_."""
+    target.index_add_(0, rows, values)
+
+
+def sum_duplicates(rows: Tensor, grads: Tensor, scratch: Tensor, add_rows: AddRows) -> Tensor:
+    """[K, d]: for each distinct row, the sum of its gradients at one of its places and zero at the others.
+
+    rows     [K] int64
+    scratch  [V] int32, any content: which place of a row wins is written here and read back, so nothing is sorted, every shape is
+             static and the buffer never needs clearing. Whichever place wins, the sum is the same.
+    """
+    scratch.index_copy_(0, rows, torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device))
+    winner = scratch.index_select(0, rows).long()
+    total = torch.zeros_like(grads)
+    add_rows(total, winner, grads)
+    return total

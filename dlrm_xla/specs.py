@@ -1,0 +1,32 @@
+"""What a table is: the words and shapes that every other file uses. Read this file first.
+
+Shape legend, used in comments throughout: B rows in a batch (static; the last batch is padded), T tables, H hotness (most ids in
+one bag), S = sum of H over the tables (slots), D embedding dimension, N rows of a table, V rows of a store, F features that interact.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One embedding table as the data and the model see it, whatever stands behind it.
+
+    name            upstream's name of the table, "emb_l.0"
+    num_embeddings  N, how many different ids it answers for
+    embedding_dim   D, length of the vector that an id becomes
+    hotness         H, most ids in one bag
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    hotness: int = 1
+
+    def __post_init__(self):
+        for field in ("num_embeddings", "embedding_dim", "hotness"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"table {self.name}: {field} is {getattr(self, field)}; it must be at least 1")
+
+
+class UserError(ValueError):
+    """A mistake of the caller's that one line can explain: what, where, its value, the rule, the way out. run_dlrm.py exits with 2."""

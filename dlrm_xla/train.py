@@ -1,0 +1,139 @@
+"""The training step, and the loss that it leaves on the device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dlrm_xla.backends.base import Backend, StepBatch
+from dlrm_xla.config import Config
+from dlrm_xla.embeddings import EmbeddingCollection
+from dlrm_xla.losses import make_loss
+from dlrm_xla.models.dlrm import DLRM
+from dlrm_xla.optim import RULES, DenseOptimizer, learning_rate
+from dlrm_xla.specs import UserError
+
+
+class LossMeter:
+    """Mean loss since the last reset and the first batch whose loss was not finite, kept on the device: reading them is the only wait.
+
+    Sums are float64: a mean over a thousand batches would lose its sixth digit in float32.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.batch = torch.zeros((), dtype=torch.float64, device=device)
+        self.first_bad = torch.full((), math.inf, dtype=torch.float64, device=device)
+        self.reset()
+
+    def reset(self, loss_sum: float = 0.0, rows: float = 0.0) -> None:
+        self.loss_sum = torch.tensor(loss_sum, dtype=torch.float64, device=self.device)
+        self.rows = torch.tensor(rows, dtype=torch.float64, device=self.device)
+
+    def start_epoch(self, batch: int) -> None:
+        """The next loss is that of batch number `batch`, counted from 0."""
+        self.batch = torch.tensor(float(batch), dtype=torch.float64, device=self.device)
+
+    def add(self, loss: Tensor, num_rows: Tensor) -> None:
+        self.batch = self.batch + 1
+        bad = torch.where(torch.isfinite(loss), math.inf, self.batch)
+        self.first_bad = torch.minimum(self.first_bad, bad)
+        self.loss_sum = self.loss_sum + loss.double() * num_rows
+        self.rows = self.rows + num_rows
+
+    def check(self) -> None:
+        """Waits for the device. NotFiniteLoss where a loss was NaN or infinite, with the batch's number (1 is the first of the epoch)."""
+        first_bad = self.first_bad.item()
+        if math.isfinite(first_bad):
+            raise NotFiniteLoss(int(first_bad))
+
+    def mean(self) -> float:
+        """Waits for the device and checks."""
+        self.check()
+        return self.loss_sum.item() / self.rows.item()
+
+    def state(self) -> tuple[float, float]:
+        return self.loss_sum.item(), self.rows.item()
+
+
+class NotFiniteLoss(UserError):
+    def __init__(self, batch: int):
+        super().__init__(f"the loss of batch {batch} is not a finite number")
+        self.batch = batch
+
+
+class Trainer:
+    """A model, its tables and their optimizers. `updates` counts the steps of the learning rate's course.
+
+    frozen_pooling: upstream's --debug-mode leaves the learned pooling weights out of its optimizer.
+    """
+
+    def __init__(self, config: Config, model: DLRM, tables: EmbeddingCollection, backend: Backend, frozen_pooling: bool = False):
+        self.config, self.model, self.tables, self.backend = config, model, tables, backend
+        self.loss = make_loss(config.loss)
+        self.rule = RULES[config.train.optimizer]()
+        self.tables.prepare(self.rule)
+        trained = [p for name, p in tables.named_parameters() if not (frozen_pooling and name.startswith("v_W_l"))]
+        self.dense = DenseOptimizer(trained + list(model.parameters()), self.rule)
+        self.meter = LossMeter(backend.device)
+        self.updates = 0
+        self.first_rate: float | None = None  # upstream's first update after resuming: the checkpoint's rate, then the course from step 2
+        self._rate: float | None = None
+        self._neg_lr: Tensor | None = None
+        self._pending: list = []  # lookups of batches that wait for their common step
+
+    def forward(self, batch: StepBatch) -> Tensor:
+        """Click probabilities [B, 1]."""
+        return self.model(batch.dense, self.tables.lookup(batch.ids, batch.weights).pooled)
+
+    def step(self, batch: StepBatch, index: int, last_of_epoch: bool) -> None:
+        """Forward, backward, and the update after each --mlperf-grad-accum-iter batches of an epoch, and after its last.
+
+        index: the batch's number in its epoch. Upstream drops the gradients of all but the last batch of a group, and a group that the
+        epoch's end cuts short.
+        """
+        group, compat = self.config.train.accumulate, self.config.upstream_compat
+        if compat and (index + 1) % group == 0:
+            self.drop_pending()
+        lookup = self.tables.lookup(batch.ids, batch.weights)
+        prediction = self.model(batch.dense, lookup.pooled)
+        loss = self.loss(prediction, batch.labels, batch.valid)
+        loss.backward()
+        self.meter.add(loss.detach(), batch.valid.sum())
+        self._pending.append(lookup)
+        if (index + 1) % group == 0 or (last_of_epoch and not compat):
+            self.update()
+        self.backend.end_step()
+
+    def update(self) -> None:
+        """One step of every optimizer with the mean of the pending batches' gradients."""
+        neg_lr = self.negative_rate(self.next_rate())
+        self.updates += 1
+        self.first_rate = None
+        scale = 1.0 / len(self._pending)
+        for index, store in enumerate(self.tables.stores):
+            rows = [lookup.rows[index] for lookup in self._pending]
+            grads = [lookup.leaves[index].grad for lookup in self._pending]
+            if len(rows) == 1:
+                store.update(rows[0], grads[0], self.rule, neg_lr)
+            else:
+                store.update(torch.cat(rows), torch.cat(grads) * scale, self.rule, neg_lr)
+        self.dense.step(neg_lr, scale)
+        self._pending = []
+
+    def next_rate(self) -> float:
+        """The learning rate of the next update."""
+        if self.first_rate is not None:
+            return self.first_rate
+        return learning_rate(self.config.train, self.updates + 1, self.config.upstream_compat)
+
+    def drop_pending(self) -> None:
+        """Forget the gradients of the batches that wait for a common step."""
+        self._pending = []
+        self.dense.zero_grad()
+
+    def negative_rate(self, rate: float) -> Tensor:
+        """Minus the rate as a 0-D tensor on the device, sent only when it changes."""
+        if rate != self._rate:
+            self._rate, self._neg_lr = rate, torch.tensor(-rate, device=self.backend.device)
+        return self._neg_lr

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Train and test DLRM: the flags of facebookresearch/dlrm on CPU, CUDA and XLA. From top to bottom, in the order in which things happen.
+
+    python run_dlrm.py --data-generation=dataset --raw-data-file=train.txt --arch-sparse-feature-size=16 \\
+        --arch-mlp-bot=13-512-256-64-16 --arch-mlp-top=512-256-1 --loss-function=bce --mini-batch-size=128 --test-freq=1000
+"""
+
+import sys
+from pathlib import Path
+
+from dlrm_xla import backends, checkpoint, flags
+from dlrm_xla.config import Config
+from dlrm_xla.specs import TableSpec, UserError
+
+
+def main(argv: list[str]) -> int:
+    """0, or 2 after one line on stderr that says what is wrong; 130 when interrupted."""
+    try:
+        args = flags.parse(argv)
+        run(Config.from_args(args), flags.resolved(args), argv)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run(config: Config, resolved: dict, argv: list[str]) -> None:
+    # slow to import, so the flags are checked first
+    import numpy as np
+    import torch
+
+    from compression.registry import create_tables
+    from data_loaders.open import open_dataset
+    from data_loaders.prefetch import read_ahead
+    from dlrm_xla import debug
+    from dlrm_xla.console import Console
+    from dlrm_xla.embeddings import EmbeddingCollection
+    from dlrm_xla.mlperf import MLPerfLog
+    from dlrm_xla.models.dlrm import DLRM
+    from dlrm_xla.session import Session
+    from dlrm_xla.tracking import Tracker, describe_environment
+    from dlrm_xla.train import Trainer
+
+    output, compat = config.output, config.upstream_compat
+    console = Console(output.print_time, output.print_wall_time)
+    mlperf = MLPerfLog(output.mlperf, emit=console.line)
+    mlperf.init_start()
+
+    # the device, and upstream's seeds
+    np.set_printoptions(precision=output.print_precision)
+    torch.set_printoptions(precision=output.print_precision)
+    torch.manual_seed(config.train.seed)
+    rng = np.random.RandomState(config.train.seed)
+    backend = backends.make(config.device)
+    if output.xla_metrics:
+        backend.metrics_report()  # refused where there is none
+    if not output.debug:
+        console.world()
+    console.line(backend.console)
+    mlperf.init_stop()
+    mlperf.run_start()
+    loaded = checkpoint.read(Path(output.load_model)) if output.load_model else None
+    if output.save_model:
+        checkpoint.check_writable(Path(output.save_model))
+
+    # the data
+    data = open_dataset(config, rng, console.line)
+    table_rows = [int(rows) for rows in data.table_rows]
+    if output.mlperf:
+        console.arguments({**{name: resolved[name.replace("_", "-")] for name in flags.upstream_names()}, "ln_emb": table_rows})
+
+    # the model: tables 0..T-1, bottom MLP, top MLP, as upstream draws them
+    specs = [
+        TableSpec(f"emb_l.{index}", rows, config.model.feature_dim, hotness)
+        for index, (rows, hotness) in enumerate(zip(table_rows, data.hotness, strict=True))
+    ]
+    if output.debug:
+        debug.print_architecture(console.line, config, table_rows)
+        debug.print_data(console.line, data.train, data.hotness)
+    replay_torch = config.method.kind is not None or (compat and config.data.num_workers > 0)
+    tables = EmbeddingCollection(create_tables(specs, config.method, rng, replay_torch, compat), config.model.weighted_pooling, backend.add_rows)
+    model = DLRM(config.model, len(specs), config.loss.threshold, rng)
+    trainer = Trainer(config, model.to(backend.device), tables.to(backend.device), backend, frozen_pooling=compat and output.debug)
+    if output.debug:
+        debug.print_parameters(console.line, "initial", trainer)
+    mlperf.submission(config.train.seed, config.data.batch_size, Path(output.run_dir))
+
+    # a checkpoint's weights and position
+    progress = checkpoint.Progress()
+    if loaded is not None:
+        console.loading(output.load_model)
+        progress = checkpoint.resume(trainer, loaded, config)
+        saved = loaded.progress
+        console.loaded(
+            saved.epoch, saved.num_epochs, saved.batch, saved.num_batches, saved.num_test_batches, saved.train_loss, saved.test_accuracy,
+            (saved.test_auc or 0.0) if output.mlperf else None,
+        )  # fmt: skip
+
+    # training or a test
+    console.header()
+    train = config.train
+    mlperf.hyperparameters(train.learning_rate, train.warmup_steps, train.decay_start_step, train.decay_steps)
+    resumed = loaded is not None and not config.inference_only
+    tracker = Tracker(
+        Path(output.run_dir), Path(output.tensorboard_dir), resolved, describe_environment(backend.description, argv), resumed,
+        progress.epoch * data.train.num_batches + progress.batch, data.bayes_auc,
+    )  # fmt: skip
+    # upstream's train and test data share a stream when compatible: a batch drawn early would change the next test
+    depth = 0 if compat and config.data.source != "kaggle" else 2 * max(1, config.data.num_workers)
+    session = Session(
+        config, trainer, data, console, tracker, mlperf, lambda batches: read_ahead(batches, depth), resolved, progress,
+    )  # fmt: skip
+    with tracker:
+        if config.inference_only:
+            console.testing_only()
+            session.evaluate(-1, None)
+        else:
+            session.fit()
+        if output.debug and not config.inference_only:
+            debug.print_parameters(console.line, "updated", trainer)
+        paths = tracker.close(session.final_figures())
+    session.print_summary(paths)
+
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
