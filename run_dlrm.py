@@ -12,6 +12,8 @@ from dlrm_xla import backends, checkpoint, flags
 from dlrm_xla.config import Config
 from dlrm_xla.specs import TableSpec, UserError
 
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "resource_exhausted")  # torch on the CPU, CUDA, XLA
+
 
 def main(argv: list[str]) -> int:
     """0, or 2 after one line on stderr that says what is wrong; 130 when interrupted."""
@@ -20,11 +22,23 @@ def main(argv: list[str]) -> int:
         run(Config.from_args(args), flags.resolved(args), argv)
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
+            raise
+        return refuse(f"out of memory ({str(error).strip().splitlines()[0][:200]}); make the tables, the layers or the batches smaller")
+    except OSError as error:  # of a place that no flag names, such as a full disk under stdout
+        return refuse(f"{error.filename or 'output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def refuse(message: str) -> int:
+    """One line, whatever is quoted in it."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in message)
+    print(f"error: {line}", file=sys.stderr)
+    return 2
 
 
 def run(config: Config, resolved: dict, argv: list[str]) -> None:
@@ -35,13 +49,15 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     from compression.registry import create_tables
     from data_loaders.open import open_dataset
     from data_loaders.prefetch import read_ahead
-    from dlrm_xla import debug
+    from dlrm_xla import debug, onnx_export
     from dlrm_xla.console import Console
     from dlrm_xla.embeddings import EmbeddingCollection
     from dlrm_xla.mlperf import MLPerfLog
     from dlrm_xla.models.dlrm import DLRM
+    from dlrm_xla.profile import profiled
+    from dlrm_xla.quantize import quantized_forward
     from dlrm_xla.session import Session
-    from dlrm_xla.tracking import Tracker, describe_environment
+    from dlrm_xla.tracking import Tracker, describe_environment, make_folder
     from dlrm_xla.train import Trainer
 
     output, compat = config.output, config.upstream_compat
@@ -65,12 +81,16 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     loaded = checkpoint.read(Path(output.load_model)) if output.load_model else None
     if output.save_model:
         checkpoint.check_writable(Path(output.save_model))
+    onnx_path = Path(onnx_export.FILE_NAME)
+    if output.save_onnx:
+        onnx_export.require(onnx_path)
+    make_folder(Path(output.run_dir))
 
     # the data
     data = open_dataset(config, rng, console.line)
     table_rows = [int(rows) for rows in data.table_rows]
     if output.mlperf:
-        console.arguments({**{name: resolved[name.replace("_", "-")] for name in flags.upstream_names()}, "ln_emb": table_rows})
+        console.arguments({**flags.upstream_values(resolved), "ln_emb": table_rows})
 
     # the model: tables 0..T-1, bottom MLP, top MLP, as upstream draws them
     specs = [
@@ -84,6 +104,8 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     tables = EmbeddingCollection(create_tables(specs, config.method, rng, replay_torch, compat), config.model.weighted_pooling, backend.add_rows)
     model = DLRM(config.model, len(specs), config.loss.threshold, rng)
     trainer = Trainer(config, model.to(backend.device), tables.to(backend.device), backend, frozen_pooling=compat and output.debug)
+    if output.save_onnx:
+        onnx_export.check_size(trainer)
     if output.debug:
         debug.print_parameters(console.line, "initial", trainer)
     mlperf.submission(config.train.seed, config.data.batch_size, Path(output.run_dir))
@@ -114,15 +136,23 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
         config, trainer, data, console, tracker, mlperf, lambda batches: read_ahead(batches, depth), resolved, progress,
     )  # fmt: skip
     with tracker:
-        if config.inference_only:
-            console.testing_only()
-            session.evaluate(-1, None)
-        else:
-            session.fit()
+        num_batches = data.test.num_batches if config.inference_only else data.train.num_batches * train.num_epochs
+        with profiled(output.profile, backend.name, num_batches, Path(), console.note):
+            if config.inference_only:
+                console.testing_only()
+                bits = (config.quantize_mlp_bits, config.quantize_embedding_bits)
+                session.evaluate(-1, None, quantized_forward(trainer, *bits, console.line if compat else None) if bits != (32, 32) else None)
+            else:
+                session.fit()
         if output.debug and not config.inference_only:
             debug.print_parameters(console.line, "updated", trainer)
         paths = tracker.close(session.final_figures())
-    session.print_summary(paths)
+    try:
+        if output.save_onnx:
+            first_batch = next(data.train.batches())
+            onnx_export.save_onnx(trainer, first_batch, config.data.source == "kaggle", onnx_path, console.line)
+    finally:
+        session.print_summary(paths)
 
 
 

@@ -95,7 +95,9 @@ def main() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 check_equal(theirs(), next(ours.batches()), spec)
             times = {"upstream_ms": [], "same_bags_ms": [], "default_ms": [], "draws_ms": []}
-            num_draws = args.batch_size * (14 + args.tables * (spec.num_indices_per_lookup if spec.fixed else 1 + (spec.num_indices_per_lookup + 1) // 2))
+            lookups = spec.num_indices_per_lookup
+            numbers_per_bag = lookups if spec.fixed else 1 + (lookups + 1) // 2
+            num_draws = args.batch_size * (14 + args.tables * numbers_per_bag)
             for _ in range(args.repeats):
                 times["upstream_ms"].append(timed(theirs))
                 times["same_bags_ms"].append(timed(lambda: [next(ours.batches()) for _ in range(5)]) / 5)  # noqa: B023

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_loaders.criteo_npz import Processed, RawFingerprint, read_npz
+from data_loaders.criteo_npz import DAMAGE, Processed, RawFingerprint, cause, read_npz
 from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
 from data_loaders.preprocess import DAYS, PROCESSED_NAME, day_count_file, preprocess, split_days
 from dlrm_xla.batch import Batch, pad_rows
@@ -136,7 +136,9 @@ def open_criteo(
     packed = torch.from_numpy(data.packed)
     num_train, num_last = int(total_per_file[:-1].sum()), int(total_per_file[-1])
     if num_train == 0 or num_last == 0:
-        raise UserError(f"{path}: {len(packed)} rows are too few: the last of {len(total_per_file)} days is for test, the others for training")
+        raise UserError(
+            f"{path}: {len(packed)} rows are too few: the last of {len(total_per_file)} days is for test, the others for training"
+        )
     fold = max_ind_range if 0 < max_ind_range < data.counts.max() else -1  # ids below max_ind_range are their own remainder
 
     def announce_and_draw(half: str) -> torch.Tensor | None:
@@ -208,8 +210,8 @@ def _rows_of_days(data: Processed, path: Path, raw: Path | None) -> np.ndarray:
         try:
             with np.load(source) as counts:
                 total = counts["total_per_file"]
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"{source}: cannot read upstream's rows per day ({' '.join(str(error).split())}); delete it") from None
+        except (OSError, *DAMAGE) as error:
+            raise UserError(f"{source}: cannot read upstream's rows per day ({cause(error)}); delete it") from None
     n = len(data.packed)
     if total is None:
         return split_days(n, DAYS)
@@ -227,4 +229,4 @@ def _bayes_auc(raw: Path) -> float | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{sidecar}: damaged ({type(error).__name__}: {' '.join(str(error).split())}); delete it") from None
+        raise UserError(f"{sidecar}: damaged ({type(error).__name__}: {cause(error)}); delete it") from None

@@ -8,9 +8,12 @@ times the rest of the writing, and reading it back as much.
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -24,6 +27,11 @@ from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
 from dlrm_xla.specs import UserError
 
 FORMAT_VERSION = 1
+# What zipfile and NumPy raise on bytes that are not an .npz, or no longer one
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, EOFError, ValueError, KeyError, TypeError, RuntimeError,
+    OverflowError, MemoryError,
+)  # fmt: skip
 _EDGE_BYTES = 1 << 20
 _CHUNK_ROWS = 1 << 16
 
@@ -70,6 +78,8 @@ class Meta:
     def from_json(cls, text: str) -> "Meta":
         """Raises ValueError, KeyError or TypeError where it is not ours."""
         fields = json.loads(text)
+        if fields["format"] != FORMAT_VERSION:
+            raise ValueError(f"format {fields['format']}, while this version reads format {FORMAT_VERSION}")
         return cls(**{**fields, "raw": RawFingerprint(**fields["raw"])})
 
 
@@ -115,15 +125,10 @@ def atomic_write(path: Path, way_out: str) -> Iterator[IO[bytes]]:
 
 def _remove_stale(path: Path) -> None:
     """Removes unfinished files of earlier runs: those whose lock nobody holds."""
-    for stale in path.parent.glob(f".{glob_escape(path.name)}.*.tmp"):
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError), open(stale, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stale.unlink()
-
-
-def glob_escape(name: str) -> str:
-    """The name with the characters that glob would read as a pattern taken literally."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def write_npz(file: IO[bytes], arrays: dict[str, tuple[tuple[int, ...], Iterator[np.ndarray]]]) -> None:
@@ -150,11 +155,10 @@ def read_npz(path: Path) -> Processed:
             return _read(archive, path)
     except OSError as error:
         raise UserError(f"--processed-data-file={path}: cannot read it: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError, NotImplementedError, MemoryError) as error:
-        if isinstance(error, UserError):
-            raise
-        cause = f"no array {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise UserError(f"{path}: damaged, or not a processed Criteo file ({_one_line(cause)}); {_way_out(path)}") from None
+    except UserError:
+        raise
+    except DAMAGE as error:
+        raise UserError(f"{path}: damaged, or not a processed Criteo file ({cause(error)}); {_way_out(path)}") from None
 
 
 def _read(archive: zipfile.ZipFile, path: Path) -> Processed:
@@ -214,7 +218,9 @@ def _read_into(archive: zipfile.ZipFile, name: str, out: np.ndarray, limits: np.
             raise ValueError(f"{name} is longer than its header says")
 
 
-def _one_line(text: str) -> str:
+def cause(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    text = f"no array {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
     return " ".join(text.split())[:200]
 
 

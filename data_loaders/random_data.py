@@ -192,8 +192,9 @@ def draw_batch(spec: RandomDataSpec, rng: np.random.RandomState, num_rows: int, 
         values = _to_values(spec, table, draws, traces)
         if weights is not None:
             empty = _drop_repeats(values, length)
-            np.logical_not(empty, out=weights[:, slots], casting="unsafe")
-            values[empty] = 0
+            weights[:, slots] = 1 if empty is None else ~empty
+            if empty is not None:
+                values[empty] = 0
         if spec.distribution == "gaussian":
             values = _checked_gaussian_ids(spec, table, values)
         elif spec.distribution == "trace":
@@ -285,22 +286,25 @@ def _to_values(spec: RandomDataSpec, table: int, draws: np.ndarray, traces: tupl
     return walk_stack(traces[table], draws, spec.trace_padding)
 
 
-def _drop_repeats(values: np.ndarray, length: np.ndarray | int) -> np.ndarray:
-    """Sort the bags [n, H] in place, each value once and in the first places. Returns [n, H] bool: the places that are left empty.
+def _drop_repeats(values: np.ndarray, length: np.ndarray | int) -> np.ndarray | None:
+    """Sort the bags [n, H] in place, each value once and in the first places. Returns [n, H] bool, the places left empty; None if none are.
 
     An empty place holds a value above all others, so that sorting moves it to the end of its bag.
     """
     nothing = np.iinfo(values.dtype).max if values.dtype.kind == "i" else np.inf
-    if isinstance(length, np.ndarray):
+    varying = isinstance(length, np.ndarray)
+    if varying:
         np.copyto(values, nothing, where=np.arange(values.shape[1]) >= length[:, None])
     values.sort(axis=1)
     repeated = values[:, 1:] == values[:, :-1]
-    repeated &= values[:, 1:] != nothing
-    bags = np.flatnonzero(repeated.any(axis=1))
-    if len(bags):
+    if varying:
+        repeated &= values[:, 1:] != nothing
+    some_repeat = repeated.any()
+    if some_repeat:
         np.copyto(values[:, 1:], nothing, where=repeated)
+        bags = np.flatnonzero(repeated.any(axis=1))  # few in a large table
         values[bags] = np.sort(values[bags], axis=1)
-    return values == nothing
+    return values == nothing if varying or some_repeat else None
 
 
 def _checked_gaussian_ids(spec: RandomDataSpec, table: int, values: np.ndarray) -> np.ndarray:

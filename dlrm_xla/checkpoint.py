@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlrm_xla.config import Config
 from dlrm_xla.specs import UserError
-from dlrm_xla.train import Trainer
+from dlrm_xla.train import NotFiniteLoss, Trainer
 
 # upstream's test_acc is a NumPy float64; old and new NumPy call its constructor by different names
 _NUMPY_NUMBERS = [
@@ -73,13 +73,28 @@ def check_writable(path: Path) -> None:
         raise UserError(f"--save-model={path}: is a folder; name a file in it")
     if not path.parent.is_dir():
         raise UserError(f"--save-model={path}: the folder {path.parent} does not exist; make it, or choose another place")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--save-model={path}: no permission to write in {path.parent}; choose another place")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--save-model={path}: is no ordinary file and would be replaced by one; choose another place")
+    beside = _beside(path)
+    try:
+        open(beside, "wb").close()
+        beside.unlink()
+    except OSError as error:
+        raise UserError(f"--save-model={path}: cannot write in {path.parent} ({error.strerror}); choose another place") from None
+
+
+def _beside(path: Path) -> Path:
+    """Where a file is written before it is put in its place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
-    """Writes the file whole or not at all: an earlier one stays until the new one is on the disk."""
+    """Writes the file whole or not at all: an earlier one stays until the new one is on the disk, and where a number is not finite."""
     parts = parameters(trainer)
+    for name, weight, state in parts:
+        # the loss looks finite until the next batch uses what an update has ruined
+        if not all(limit.isfinite() for values in (weight, *state.values()) for limit in torch.aminmax(values)):
+            raise NotFiniteLoss(progress.batch, f"after batch {{batch}} a number in {name}")
     content = {
         "nepochs": progress.num_epochs,
         "nbatches": progress.num_batches,
@@ -94,7 +109,7 @@ def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
         "opt_state_dict": _optimizer_state(trainer, parts),
         "dlrm_xla": {"version": 1, "progress": asdict(progress), "flags": flags},
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = _beside(path)
     try:
         with open(beside, "wb") as file:
             torch.save(content, file)
@@ -126,7 +141,7 @@ def read(path: Path) -> Checkpoint:
     except Exception as error:  # the unpickler meets anything in a damaged file; whatever it says, the file is not a checkpoint
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             raise UserError(f"{flag}: holds more than tensors and numbers, so it is not loaded; save it again with plain values") from None
-        raise UserError(f"{flag}: not a readable checkpoint; is it complete? ({str(error).strip().splitlines()[0][:120]})") from None
+        raise UserError(f"{flag}: not a readable checkpoint; is it complete? ({(str(error).strip() or type(error).__name__).splitlines()[0][:120]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{flag}: holds a {type(content).__name__}, not a checkpoint of DLRM")
     missing = [key for key in _REQUIRED if key not in content]

@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass
 
 from dlrm_xla.specs import UserError
 
+MAX_INT32 = 2**31 - 1  # ids travel as int32; nothing that is counted here needs to be larger
+MAX_FLOAT32 = 3.4028234663852886e38
+MAX_BATCH_NUMBERS = 2**45  # 140 TB: NumPy's and torch's own messages beyond that do not speak of memory
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -175,7 +179,7 @@ class Config:
                 args.save_model, args.save_every, args.load_model, args.mlperf_logging, args.mlperf_acc_threshold,
                 args.mlperf_auc_threshold, args.tpu_metrics_debug,
             ),
-            device=chosen_device(args),
+            device="cpu" if quantized(args) else chosen_device(args),
             inference_only=args.inference_only,
             quantize_mlp_bits=args.quantize_mlp_with_bit,
             quantize_embedding_bits=args.quantize_emb_with_bit,
@@ -232,9 +236,17 @@ def check_numbers(args) -> None:
         value = getattr(args, name.replace("-", "_"))
         if value < least:
             raise UserError(f"--{name}={value}: must be at least {least}")
-    for name in ("learning-rate", "rand-data-min", "rand-data-max", "rand-data-mu", "rand-data-sigma", "md-temperature", "loss-threshold"):
-        if not math.isfinite(getattr(args, name.replace("-", "_"))):
-            raise UserError(f"--{name}={getattr(args, name.replace('-', '_'))}: must be a finite number")
+    for name in ("test-mini-batch-size", "test-num-workers", "max-ind-range", "qr-threshold", "md-threshold", *(name for name, _ in at_least)):
+        value = getattr(args, name.replace("-", "_"))
+        if abs(value) > MAX_INT32 and name not in ("numpy-rand-seed", "max-ind-range"):
+            raise UserError(f"--{name}={value}: must be at most {MAX_INT32}")
+    for name in (
+        "learning-rate", "rand-data-min", "rand-data-max", "rand-data-mu", "rand-data-sigma", "md-temperature", "loss-threshold",
+        "mlperf-acc-threshold", "mlperf-auc-threshold",
+    ):  # fmt: skip
+        value = getattr(args, name.replace("-", "_"))
+        if not abs(value) <= MAX_FLOAT32:
+            raise UserError(f"--{name}={value}: must be a finite number, not beyond {MAX_FLOAT32:.1e}")
     rules = (
         (args.learning_rate < 0, f"--learning-rate={args.learning_rate}: must not be negative"),
         (args.numpy_rand_seed >= 2**32, f"--numpy-rand-seed={args.numpy_rand_seed}: must be below 2^32"),
@@ -242,12 +254,16 @@ def check_numbers(args) -> None:
         (not 0 <= args.data_sub_sample_rate < 1, f"--data-sub-sample-rate={args.data_sub_sample_rate}: must be at least 0 and below 1"),
         (args.max_ind_range == 0 or args.max_ind_range < -1, f"--max-ind-range={args.max_ind_range}: must be -1 (no folding) or at least 1"),
         (args.rand_data_min > args.rand_data_max, f"--rand-data-min={args.rand_data_min} is above --rand-data-max={args.rand_data_max}"),
+        (args.rand_data_max > MAX_INT32, f"--rand-data-max={args.rand_data_max}: ids are at most {MAX_INT32}"),
+        (args.test_num_workers < -1, f"--test-num-workers={args.test_num_workers}: must be -1 (as --num-workers) or at least 0"),
+        (not 0 <= args.md_temperature <= 4, f"--md-temperature={args.md_temperature}: must be from 0 (equal dimensions) to 4"),
         (args.rand_data_sigma < 0, f"--rand-data-sigma={args.rand_data_sigma}: must not be negative"),
         (args.rand_data_min < 0, f"--rand-data-min={args.rand_data_min}: ids start at 0; it must not be negative"),
         (args.lr_decay_start_step < args.lr_num_warmup_steps, f"--lr-decay-start-step={args.lr_decay_start_step} is before the end of --lr-num-warmup-steps={args.lr_num_warmup_steps}; warm-up must end before the decay starts"),
         (args.mlperf_grad_accum_iter > 1 and not args.mlperf_logging, f"--mlperf-grad-accum-iter={args.mlperf_grad_accum_iter}: works with --mlperf-logging only; add it"),
         (args.mlperf_acc_threshold > 0 and not args.mlperf_logging, "--mlperf-acc-threshold works with --mlperf-logging only; add it"),
         (args.mlperf_auc_threshold > 0 and not args.mlperf_logging, "--mlperf-auc-threshold works with --mlperf-logging only; add it"),
+        (args.save_every > 0 and not args.save_model, f"--save-every={args.save_every} needs --save-model=FILE, the checkpoint to write"),
         (args.inference_only and args.save_every > 0, "--save-every has nothing to save with --inference-only; leave one of them out"),
     )  # fmt: skip
     for wrong, message in rules:
@@ -259,8 +275,10 @@ def check_architecture(args, bottom, top) -> None:
     """Shapes that must agree, and methods that exclude each other."""
     dim, last = args.arch_sparse_feature_size, bottom[-1]
     concat = args.qr_flag and args.qr_operation == "concat"
-    weights = args.loss_weights.split("-")
-    quantized = args.quantize_emb_with_bit != 32 or args.quantize_mlp_with_bit != 32
+    weights = [float(weight) for weight in args.loss_weights.split("-")]
+    rows = ints(args.arch_embedding_size)
+    slots = sum(args.num_indices_per_lookup if args.num_indices_per_lookup_fixed else min(n, args.num_indices_per_lookup) for n in rows)
+    batch_numbers = max(args.mini_batch_size, args.test_mini_batch_size) * (bottom[0] + slots)
     rules = (
         (min(bottom) < 1, f"--arch-mlp-bot={args.arch_mlp_bot}: every layer needs at least one unit"),
         (min(top) < 1, f"--arch-mlp-top={args.arch_mlp_top}: every layer needs at least one unit"),
@@ -268,20 +286,30 @@ def check_architecture(args, bottom, top) -> None:
         (top[-1] != 1, f"--arch-mlp-top={args.arch_mlp_top}: must end in 1, the probability of a click"),
         (concat and 2 * dim != last, f"--arch-sparse-feature-size={dim} with --qr-operation=concat gives vectors of {2 * dim}, but --arch-mlp-bot ends in {last}; make it end in {2 * dim}"),
         (not concat and dim != last, f"--arch-sparse-feature-size={dim} does not match the last layer {last} of --arch-mlp-bot; make them equal"),
-        (args.data_generation != "dataset" and min(ints(args.arch_embedding_size)) < 1, f"--arch-embedding-size={args.arch_embedding_size}: every table needs at least one row"),
+        (not all(weight <= MAX_FLOAT32 for weight in weights), f"--loss-weights={args.loss_weights}: must be finite numbers, not beyond {MAX_FLOAT32:.1e}"),
+        (max(bottom) > MAX_INT32, f"--arch-mlp-bot={args.arch_mlp_bot}: a layer has at most {MAX_INT32} units"),
+        (max(top) > MAX_INT32, f"--arch-mlp-top={args.arch_mlp_top}: a layer has at most {MAX_INT32} units"),
+        (args.data_generation != "dataset" and max(rows) > MAX_INT32, f"--arch-embedding-size={args.arch_embedding_size}: a table has at most {MAX_INT32} rows"),
+        (args.data_generation != "dataset" and batch_numbers > MAX_BATCH_NUMBERS, f"--mini-batch-size={args.mini_batch_size} with --num-indices-per-lookup={args.num_indices_per_lookup}: one batch would hold {batch_numbers:.1e} numbers; make one of them smaller"),
+        (args.data_generation != "dataset" and min(rows) < 1, f"--arch-embedding-size={args.arch_embedding_size}: every table needs at least one row"),
         (args.qr_flag and args.md_flag, "--qr-flag and --md-flag: a table can be compressed by one of them only"),
         (bool(args.weighted_pooling) and args.qr_flag, "--weighted-pooling with --qr-flag is not supported; leave one of them out"),
         (bool(args.weighted_pooling) and args.md_flag, "--weighted-pooling with --md-flag is not supported; leave one of them out"),
         (args.loss_function == "wbce" and len(weights) != 2, f"--loss-weights={args.loss_weights}: wbce needs two, of label 0 and of label 1"),
         (args.quantize_emb_with_bit != 32 and args.qr_flag, f"--quantize-emb-with-bit={args.quantize_emb_with_bit} with --qr-flag is not supported; leave one of them out"),
         (args.quantize_emb_with_bit != 32 and args.md_flag, f"--quantize-emb-with-bit={args.quantize_emb_with_bit} with --md-flag is not supported; leave one of them out"),
-        (quantized and not args.inference_only, "--quantize-mlp-with-bit and --quantize-emb-with-bit quantize a trained model: add --inference-only"),
-        (quantized and chosen_device(args) in ("cuda", "xla"), "quantized inference runs on the CPU only: use --device=cpu"),
+        (quantized(args) and not args.inference_only, "--quantize-mlp-with-bit and --quantize-emb-with-bit quantize a trained model: add --inference-only"),
+        (quantized(args) and chosen_device(args) in ("cuda", "xla"), "quantized inference runs on the CPU only: use --device=cpu"),
+        (quantized(args) and args.save_onnx, "--save-onnx writes the weights as they were trained, in float32; leave it or the --quantize flags out"),
         (args.data_generation == "dataset" and not (args.raw_data_file or args.processed_data_file), "--data-generation=dataset needs --raw-data-file (Criteo text) or --processed-data-file"),
     )  # fmt: skip
     for wrong, message in rules:
         if wrong:
             raise UserError(message)
+
+
+def quantized(args) -> bool:
+    return args.quantize_emb_with_bit != 32 or args.quantize_mlp_with_bit != 32
 
 
 def chosen_device(args) -> str:

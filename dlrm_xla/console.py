@@ -207,7 +207,17 @@ class Console:
         if self._err.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=num_batches, initial=done, file=self._err, dynamic_ncols=True, smoothing=0.1, bar_format=BAR)
+            known = os.get_terminal_size(self._err.fileno()).columns > 0  # a terminal without a size has 0, at which tqdm draws nothing
+            self._bar = tqdm(
+                total=num_batches,
+                initial=done,
+                file=self._err,
+                ncols=None if known else 100,
+                nrows=None if known else 24,
+                dynamic_ncols=known,
+                smoothing=0.1,
+                bar_format=BAR,
+            )
 
     def advance(self) -> None:
         """One more batch is done."""

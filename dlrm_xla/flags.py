@@ -18,6 +18,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (python run_dlrm.py --help lists the flags)")
 
 
+class Help(argparse.HelpFormatter):
+    """One line for most flags, each with its default unless that is off, empty or none."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=42, width=130)
+
+    def _get_help_string(self, action):
+        if action.default in (None, "", argparse.SUPPRESS) or action.default is False:
+            return action.help
+        return f"{action.help} (default {action.default})".lstrip()
+
+
 def parse_bool(text: str) -> bool:
     """"True", "yes", "1" or "False", "no", "0", "" in any case."""
     word = text.strip().lower()
@@ -40,144 +52,179 @@ def dash_separated(kind: type):
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="run_dlrm.py", description="Train and test DLRM on CPU, CUDA or XLA with the flags of facebookresearch/dlrm.")
+    parser = Parser(
+        prog="run_dlrm.py",
+        usage="python run_dlrm.py [--FLAG=VALUE ...]",
+        description="Train and test DLRM on CPU, CUDA or XLA with the flags of facebookresearch/dlrm.",
+        epilog="True|False: --flag and --flag=True switch on, --flag=False off. A-B-C: numbers separated by dashes. A flag may be shortened "
+        "as far as it stays unique.",
+        formatter_class=Help,
+    )
 
-    def switch(group, name, default=False, text=""):
+    def switch(group, name, text, default=False):
         group.add_argument(name, nargs="?", const=True, default=default, type=parse_bool, metavar="True|False", help=text)
+
+    def option(group, name, kind, default, text, metavar=None, choices=None):
+        metavar = metavar or ({int: "N", float: "X", str: "NAME"}.get(kind, "A-B-C") if choices is None else None)
+        group.add_argument(name, type=kind, default=default, choices=choices, metavar=metavar, help=text)
 
     ints, floats = dash_separated(int), dash_separated(float)
     model = parser.add_argument_group("model (upstream)")
-    model.add_argument("--arch-sparse-feature-size", type=int, default=2, help="embedding dimension")
-    model.add_argument("--arch-embedding-size", type=ints, default="4-3-2", help="rows of each table (random data)")
-    model.add_argument("--arch-mlp-bot", type=ints, default="4-3-2", help="bottom MLP; the first number is overwritten by a data set's")
-    model.add_argument("--arch-mlp-top", type=ints, default="4-2-1", help="top MLP; the interaction's size is put before it")
-    model.add_argument("--arch-interaction-op", type=str, choices=["dot", "cat"], default="dot")
-    switch(model, "--arch-interaction-itself", text="with dot: keep the products of a feature with itself")
-    model.add_argument("--weighted-pooling", type=str, default=None, help='"fixed": weights of one; "learned": a trained weight for each id')
+    option(model, "--arch-sparse-feature-size", int, 2, "embedding dimension; equal to the last layer of --arch-mlp-bot")
+    option(model, "--arch-embedding-size", ints, "4-3-2", "rows of each table; a data set brings its own")
+    option(model, "--arch-mlp-bot", ints, "4-3-2", "bottom MLP from its input on; a data set replaces the first number by 13")
+    option(model, "--arch-mlp-top", ints, "4-2-1", "top MLP; the interaction's size is put before it")
+    option(model, "--arch-interaction-op", str, "dot", "dot: products of all pairs; cat: vectors side by side", choices=["dot", "cat"])
+    switch(model, "--arch-interaction-itself", "with dot: also the product of each vector with itself")
+    option(model, "--weighted-pooling", str, None, "fixed: weights of one; learned: a trained weight for each id")
     tables = parser.add_argument_group("embedding tables (upstream)")
-    switch(tables, "--md-flag", text="mixed dimensions (Ginart et al., arXiv:1909.11810)")
-    tables.add_argument("--md-threshold", type=int, default=200, help="for tables with more rows than this")
-    tables.add_argument("--md-temperature", type=float, default=0.3)
-    switch(tables, "--md-round-dims", text="round the dimensions to powers of two")
-    switch(tables, "--qr-flag", text="quotient and remainder tables (Shi et al., arXiv:1909.02107)")
-    tables.add_argument("--qr-threshold", type=int, default=200, help="for tables with more rows than this")
-    tables.add_argument("--qr-operation", type=str, default="mult", help="mult, add or concat")
-    tables.add_argument("--qr-collisions", type=int, default=4, help="rows of the remainder table")
+    switch(tables, "--md-flag", "mixed dimensions (Ginart et al., arXiv:1909.11810)")
+    option(tables, "--md-threshold", int, 200, "for tables with more rows than this")
+    option(tables, "--md-temperature", float, 0.3, "0: equal dimensions; larger: less for large tables")
+    switch(tables, "--md-round-dims", "round the dimensions to powers of two")
+    switch(tables, "--qr-flag", "quotient and remainder tables (Shi et al., arXiv:1909.02107)")
+    option(tables, "--qr-threshold", int, 200, "for tables with more rows than this")
+    option(tables, "--qr-operation", str, "mult", "mult, add or concat")
+    option(tables, "--qr-collisions", int, 4, "rows of the remainder table")
     loss = parser.add_argument_group("activations and loss (upstream)")
-    loss.add_argument("--activation-function", type=str, default="relu")
-    loss.add_argument("--loss-function", type=str, default="mse", help="mse, bce or wbce")
-    loss.add_argument("--loss-weights", type=floats, default="1.0-1.0", help="wbce: weight of label 0 and of label 1")
-    loss.add_argument("--loss-threshold", type=float, default=0.0, help="clamp predictions to [t, 1 - t]")
-    switch(loss, "--round-targets", text="round random targets to 0 or 1")
+    option(loss, "--activation-function", str, "relu", "relu only: upstream reads it nowhere")
+    option(loss, "--loss-function", str, "mse", "mse, bce or wbce")
+    option(loss, "--loss-weights", floats, "1.0-1.0", "wbce: weight of label 0 and of label 1", "A-B")
+    option(loss, "--loss-threshold", float, 0.0, "clamp predictions to [X, 1 - X] where 0 < X < 1")
+    switch(loss, "--round-targets", "round random targets to 0 or 1")
     data = parser.add_argument_group("data (upstream)")
-    data.add_argument("--data-size", type=int, default=1, help="rows of random data")
-    data.add_argument("--num-batches", type=int, default=0, help="batches in an epoch, of training and of test; 0: all")
-    data.add_argument("--data-generation", type=str, choices=["random", "dataset", "internal", "synthetic"], default="random")
-    data.add_argument("--rand-data-dist", type=str, default="uniform", help="uniform or gaussian")
-    data.add_argument("--rand-data-min", type=float, default=0)
-    data.add_argument("--rand-data-max", type=float, default=1)
-    data.add_argument("--rand-data-mu", type=float, default=-1, help="-1: the middle of min and max")
-    data.add_argument("--rand-data-sigma", type=float, default=1)
-    data.add_argument("--data-trace-file", type=str, default="./input/dist_emb_j.log", help="synthetic: j stands for the table's number")
-    data.add_argument("--data-set", type=str, default="kaggle", help="kaggle")
-    data.add_argument("--raw-data-file", type=str, default="", help="Criteo text, plain or gzip")
-    data.add_argument("--processed-data-file", type=str, default="", help="arrays made from it; read where it exists, else written")
-    data.add_argument("--data-randomize", type=str, default="total", help="total, day or none")
-    switch(data, "--data-trace-enable-padding")
-    data.add_argument("--max-ind-range", type=int, default=-1, help="fold ids modulo this")
-    data.add_argument("--data-sub-sample-rate", type=float, default=0.0, help="leave out rows of label 0 with this probability")
-    data.add_argument("--num-indices-per-lookup", type=int, default=10, help="ids in a random bag, at most")
-    switch(data, "--num-indices-per-lookup-fixed", text="exactly that many")
-    data.add_argument("--num-workers", type=int, default=0, help="batches read ahead: 2 for each")
-    switch(data, "--memory-map")
+    option(data, "--data-size", int, 1, "rows of random data, where --num-batches is 0")
+    option(data, "--num-batches", int, 0, "batches in an epoch, of training and of test; 0: all")
+    sources = ["random", "dataset", "internal", "synthetic"]
+    option(data, "--data-generation", str, "random", "synthetic: from trace files; dataset: Criteo; internal: refused", choices=sources)
+    option(data, "--rand-data-dist", str, "uniform", "uniform or gaussian")
+    option(data, "--rand-data-min", float, 0, "gaussian: smallest id")
+    option(data, "--rand-data-max", float, 1, "gaussian: largest id; below the rows of the smallest table")
+    option(data, "--rand-data-mu", float, -1, "gaussian: mean; -1: the middle of min and max")
+    option(data, "--rand-data-sigma", float, 1, "gaussian: standard deviation")
+    option(data, "--data-trace-file", str, "./input/dist_emb_j.log", "synthetic: a file for each table, j standing for its number", "FILE")
+    option(data, "--data-set", str, "kaggle", "kaggle")
+    option(data, "--raw-data-file", str, "", "Criteo's text, plain or gzip", "FILE")
+    option(data, "--processed-data-file", str, "", "arrays made from it: read where the file exists, else written", "FILE")
+    option(data, "--data-randomize", str, "total", "order of the training rows: total, day (in each day) or none")
+    switch(data, "--data-trace-enable-padding", "synthetic: no new ids once all distances of the trace can occur")
+    option(data, "--max-ind-range", int, -1, "fold ids modulo N; -1: do not")
+    option(data, "--data-sub-sample-rate", float, 0.0, "leave out rows of label 0 with this probability")
+    option(data, "--num-indices-per-lookup", int, 10, "random ids in a bag, at most")
+    switch(data, "--num-indices-per-lookup-fixed", "exactly that many")
+    option(data, "--num-workers", int, 0, "batches read ahead: 2 for each")
+    switch(data, "--memory-map", "refused: the data is kept in memory, 160 bytes a row")
     train = parser.add_argument_group("training (upstream)")
-    train.add_argument("--mini-batch-size", type=int, default=1)
-    train.add_argument("--nepochs", type=int, default=1)
-    train.add_argument("--learning-rate", type=float, default=0.01)
-    train.add_argument("--print-precision", type=int, default=5)
-    train.add_argument("--numpy-rand-seed", type=int, default=123)
-    switch(train, "--sync-dense-params", default=True)
-    train.add_argument("--optimizer", type=str, default="sgd", help="sgd, adagrad or rwsadagrad (row-wise)")
-    switch(train, "--dataset-multiprocessing", text="preprocessing uses all cores with or without it")
-    switch(train, "--inference-only")
+    option(train, "--mini-batch-size", int, 1, "rows in a batch")
+    option(train, "--nepochs", int, 1, "times through the training data")
+    option(train, "--learning-rate", float, 0.01, "of tables and MLPs")
+    option(train, "--print-precision", int, 5, "digits of arrays in --debug-mode")
+    option(train, "--numpy-rand-seed", int, 123, "seed of everything random")
+    switch(train, "--sync-dense-params", "False is refused: it concerns several GPUs", default=True)
+    option(train, "--optimizer", str, "sgd", "sgd, adagrad or rwsadagrad (row-wise)")
+    switch(train, "--dataset-multiprocessing", "accepted: preprocessing uses two cores with or without it")
+    switch(train, "--inference-only", "one test pass, no training")
     quantize = parser.add_argument_group("quantized inference (upstream)")
-    quantize.add_argument("--quantize-mlp-with-bit", type=int, default=32, help="8, 16 or 32")
-    quantize.add_argument("--quantize-emb-with-bit", type=int, default=32, help="4, 8 or 32")
+    option(quantize, "--quantize-mlp-with-bit", int, 32, "8, 16 or 32")
+    option(quantize, "--quantize-emb-with-bit", int, 32, "4, 8 or 32")
     output = parser.add_argument_group("devices and output (upstream)")
-    switch(output, "--save-onnx", text="write dlrm_s_pytorch.onnx and check it")
-    switch(output, "--use-gpu", text="the same as --device=cuda")
-    output.add_argument("--local_rank", type=int, default=-1)
-    output.add_argument("--dist-backend", type=str, default="")
-    output.add_argument("--print-freq", type=int, default=1, help="batches between two lines of the log")
-    output.add_argument("--test-freq", type=int, default=-1, help="batches between two tests; 0 or less: none")
-    output.add_argument("--test-mini-batch-size", type=int, default=-1, help="-1: --mini-batch-size")
-    output.add_argument("--test-num-workers", type=int, default=-1, help="-1: --num-workers")
-    switch(output, "--print-time")
-    switch(output, "--print-wall-time")
-    switch(output, "--debug-mode", text="print the model, the data and the parameters")
-    switch(output, "--enable-profiling", text="write dlrm_s_pytorch<time>{_shape.prof,_total.prof,.json}")
-    switch(output, "--plot-compute-graph")
-    output.add_argument("--tensor-board-filename", type=str, default="run_kaggle_pt", help="folder for TensorBoard's files")
-    output.add_argument("--save-model", type=str, default="", help="write a checkpoint at each test that is the best so far")
-    output.add_argument("--load-model", type=str, default="", help="go on from a checkpoint, or test it with --inference-only")
+    switch(output, "--save-onnx", "write dlrm_s_pytorch.onnx and check it")
+    switch(output, "--use-gpu", "the same as --device=cuda")
+    option(output, "--local_rank", int, -1, "refused: training runs in one process")
+    option(output, "--dist-backend", str, "", "refused: training runs in one process")
+    option(output, "--print-freq", int, 1, "batches between two lines of the log")
+    option(output, "--test-freq", int, -1, "batches between two tests; 0 or less: none")
+    option(output, "--test-mini-batch-size", int, -1, "rows in a test batch; -1: --mini-batch-size")
+    option(output, "--test-num-workers", int, -1, "batches read ahead in a test: 2 for each; -1: --num-workers")
+    switch(output, "--print-time", "show ms/it, else -1.00")
+    switch(output, "--print-wall-time", "show the time of day")
+    switch(output, "--debug-mode", "print the model, the data and the parameters")
+    switch(output, "--enable-profiling", "write dlrm_s_pytorch<time>{_shape.prof,_total.prof,.json}; for short runs (--num-batches): 5 MB of memory a batch")
+    switch(output, "--plot-compute-graph", "refused, as upstream does at the end of the run")
+    option(output, "--tensor-board-filename", str, "run_kaggle_pt", "folder for TensorBoard's files", "DIR")
+    option(output, "--save-model", str, "", "write a checkpoint at each test that is the best so far", "FILE")
+    option(output, "--load-model", str, "", "go on from a checkpoint, or test it with --inference-only", "FILE")
     mlperf = parser.add_argument_group("MLPerf and learning rate (upstream)")
-    switch(mlperf, "--mlperf-logging")
-    mlperf.add_argument("--mlperf-acc-threshold", type=float, default=0.0, help="stop when a test's accuracy is above this")
-    mlperf.add_argument("--mlperf-auc-threshold", type=float, default=0.0, help="stop when a test's AUC is above this")
-    switch(mlperf, "--mlperf-bin-loader")
-    switch(mlperf, "--mlperf-bin-shuffle")
-    mlperf.add_argument("--mlperf-grad-accum-iter", type=int, default=1, help="batches whose gradients are added up before a step")
-    mlperf.add_argument("--lr-num-warmup-steps", type=int, default=0)
-    mlperf.add_argument("--lr-decay-start-step", type=int, default=0)
-    mlperf.add_argument("--lr-num-decay-steps", type=int, default=0)
+    switch(mlperf, "--mlperf-logging", "print MLPerf's events and upstream's longer test line")
+    option(mlperf, "--mlperf-acc-threshold", float, 0.0, "stop when a test's accuracy is above this")
+    option(mlperf, "--mlperf-auc-threshold", float, 0.0, "stop when a test's AUC is above this")
+    switch(mlperf, "--mlperf-bin-loader", "refused: needs the terabyte data set")
+    switch(mlperf, "--mlperf-bin-shuffle", "refused: needs --mlperf-bin-loader")
+    option(mlperf, "--mlperf-grad-accum-iter", int, 1, "with --mlperf-logging: batches whose gradients make one step")
+    option(mlperf, "--lr-num-warmup-steps", int, 0, "steps until the full learning rate")
+    option(mlperf, "--lr-decay-start-step", int, 0, "first step of the decay; not before the warm-up's end")
+    option(mlperf, "--lr-num-decay-steps", int, 0, "steps of the decay, a square; 0: none")
     port = parser.add_argument_group("from the 2020 TPU port")
-    switch(port, "--use-tpu", text="the same as --device=xla")
-    port.add_argument("--tpu-cores", type=int, default=1, choices=[1, 8])
-    switch(port, "--drop-last", text="leave out the last training batch where it is short")
-    switch(port, "--tpu-metrics-debug", text="print torch_xla's metrics report after epochs and tests")
+    switch(port, "--use-tpu", "the same as --device=xla")
+    option(port, "--tpu-cores", int, 1, "8 is refused: training runs on one chip", choices=[1, 8])
+    switch(port, "--drop-last", "leave out the last training batch where it is short")
+    switch(port, "--tpu-metrics-debug", "print torch_xla's metrics report after epochs and tests")
     ours = parser.add_argument_group("of dlrm_xla")
-    ours.add_argument("--device", type=str, choices=["auto", "cpu", "cuda", "xla"], default="auto", help="auto: TPU, else CUDA, else CPU")
-    ours.add_argument("--log-dir", type=str, default="", help="the run's folder; default: the one of --tensor-board-filename")
-    ours.add_argument("--config", type=str, default="", metavar="FILE", help="YAML of the same names; flags given beside it win")
-    ours.add_argument("--save-every", type=int, default=0, metavar="N", help="also write --save-model every N batches; resuming is exact")
-    ours.add_argument("--matmul-precision", choices=["float32", "bfloat16"], default="float32", help="matrix products of the MLPs")
-    switch(ours, "--upstream-compat", text="bring back upstream's bugs that change numbers, for reproduction")
+    option(ours, "--device", str, "auto", "auto: a TPU, else CUDA, else the CPU", choices=["auto", "cpu", "cuda", "xla"])
+    option(ours, "--log-dir", str, "", "the run's folder; without it --tensor-board-filename", "DIR")
+    option(ours, "--config", str, "", "YAML of these names; flags given beside it win", "FILE")
+    option(ours, "--save-every", int, 0, "also write --save-model every N batches; resuming is exact")
+    option(ours, "--matmul-precision", str, "float32", "of the MLPs' matrix products", choices=["float32", "bfloat16"])
+    switch(ours, "--upstream-compat", "bring back upstream's bugs that change numbers, for reproduction")
     return parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags of `argv`, those of its --config FILE filled in first. Errors are UserErrors of one line."""
     parser = build_parser()
-    only_config = Parser(add_help=False, allow_abbrev=False)
-    only_config.add_argument("--config", default="")
-    path = only_config.parse_known_args(argv)[0].config
-    from_file = read_config_file(parser, Path(path)) if path else []
+    files = _config_files(parser, argv)
+    if len(files) > 1:
+        raise UserError(f"--config is given {len(files)} times; one file is read, so put all flags into it")
+    if not files:
+        return parser.parse_args(argv)
+    from_file = read_config_file(parser, Path(files[0]))
+    try:
+        parser.parse_args(from_file)
+    except UserError as error:
+        raise UserError(f"--config={files[0]}: {error}") from None
     return parser.parse_args(from_file + argv)
+
+
+def _config_files(parser: Parser, argv: list[str]) -> list[str]:
+    """The values of --config, or of a beginning of it that no other flag shares."""
+    names = [option for action in parser._actions for option in action.option_strings]
+    short = [name for name in ("--c", "--co", "--con", "--conf", "--confi") if sum(other.startswith(name) for other in names) == 1]
+    only = Parser(add_help=False, allow_abbrev=False)
+    only.add_argument("--config", *short, action="append", default=[])
+    try:
+        return [path for path in only.parse_known_args(argv)[0].config if path]
+    except UserError:  # the real parser has the better words
+        return []
 
 
 def read_config_file(parser: Parser, path: Path) -> list[str]:
     """The YAML file as command line arguments, so that they are checked like the ones typed."""
     try:
         # BaseLoader leaves every scalar a string: the default one reads 1024-10-10 as a date
-        content = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config={path}: cannot be read: {getattr(error, 'strerror', error)}") from None
-    except yaml.YAMLError as error:
+        raise UserError(f"--config={path}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--config={path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config={path}: must be a list of `name: value` lines")
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"--config={path}: must be lines of the form `name: value`")
     known = {option.lstrip("-").replace("_", "-"): option for action in parser._actions for option in action.option_strings if option[:2] == "--"}
-    arguments = []
-    for key, value in content.items():
-        name = str(key).replace("_", "-")
+    arguments: dict[str, str] = {}
+    for key, value in root.value:
+        where = f"--config={path}: line {key.start_mark.line + 1}"
+        name = key.value.replace("_", "-") if isinstance(key, yaml.ScalarNode) else ""
         if name not in known or name in ("config", "help"):
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"--config={path}: no flag is called {key!r}" + (f"; do you mean {near[0]}?" if near else ""))
-        if not isinstance(value, str):
-            raise UserError(f"--config={path}: {key} must be one value, as on the command line")
-        if value not in ("null", "~"):
-            arguments.append(f"{known[name]}={value}")
-    return arguments
+            near = difflib.get_close_matches(name, [other for other in known if other not in ("config", "help")], n=1)
+            shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list"
+            raise UserError(f"{where}: no flag is called {shown}" + (f"; do you mean {near[0]}?" if near else ""))
+        if known[name] in arguments:
+            raise UserError(f"{where}: {key.value} is there twice; keep one of them")
+        if not isinstance(value, yaml.ScalarNode):
+            raise UserError(f"{where}: {key.value} must be one value, as on the command line (1024-10-10, not a list)")
+        arguments[known[name]] = value.value
+        if value.style is None and value.value in ("null", "~"):  # not quoted: no value
+            del arguments[known[name]]
+    return [f"{option}={value}" for option, value in arguments.items()]
 
 
 def resolved(flags: argparse.Namespace) -> dict:
@@ -185,7 +232,11 @@ def resolved(flags: argparse.Namespace) -> dict:
     return {name.replace("_", "-"): value for name, value in vars(flags).items() if name != "config"}
 
 
-def upstream_names() -> list[str]:
-    """Upstream's flags by their Python names, in upstream's order."""
+def upstream_values(values: dict) -> dict:
+    """Upstream's flags by their Python names, in upstream's order, the two defaults that stand for another flag filled in."""
     groups = [group for group in build_parser()._action_groups if "(upstream)" in (group.title or "")]
-    return [action.dest for group in groups for action in group._group_actions]
+    chosen = {action.dest: values[action.dest.replace("_", "-")] for group in groups for action in group._group_actions}
+    for name, other in (("test_mini_batch_size", "mini_batch_size"), ("test_num_workers", "num_workers")):
+        if chosen[name] < 0:
+            chosen[name] = chosen[other]
+    return chosen

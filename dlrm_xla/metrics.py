@@ -76,11 +76,10 @@ def roc_auc(predictions: np.ndarray, labels: np.ndarray) -> float | None:
     predictions  [n] float32 or float64 in 0..1; labels [n], 0 or 1
 
     The bits of a float that is not negative sort as it does, and up to 1.0 their top two are free: score and label fit in one unsigned
-    word, so one plain sort replaces argsort and gather: 0.9 s of CPU for 10 million rows, where sklearn takes 4.6 s.
+    word, so one plain sort replaces argsort and gather: under 1 s of CPU for 10 million rows, where sklearn takes 4.5 s.
     """
     word = np.uint64 if predictions.dtype == np.float64 else np.uint32
-    scores = predictions + predictions.dtype.type(0)  # a copy in which -0.0 is 0.0
-    keys = (scores.view(word) << word(1)) | (labels != 0).astype(word)
+    keys = (predictions.view(word) << word(1)) | (labels != 0).astype(word)  # the shift makes 0.0 of -0.0
     keys.sort()
     scores, positive = keys >> word(1), (keys & word(1)).astype(np.int64)
     ends = np.append(np.flatnonzero(scores[1:] != scores[:-1]), len(scores) - 1)  # last row of each group of equal scores

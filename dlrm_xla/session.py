@@ -1,5 +1,6 @@
 """A run from its first batch to its last: epochs, log lines, tests, checkpoints, early stop, resume."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,6 +140,8 @@ class Session:
         progress, compat = self.progress, self.config.upstream_compat
         batches = self.read_ahead(self.data.test.batches())
         predictions, labels = predict(forward or self.trainer.forward, batches, self.trainer.backend)
+        if epoch is not None and not math.isfinite(predictions.sum()):
+            raise NotFiniteLoss(progress.batch, "a prediction in the test after batch {batch}")
         self.metrics = metrics = evaluate_predictions(predictions, labels)
         figures = mlperf_metrics(predictions, labels) if self.config.output.mlperf else None
         accuracy, auc = metrics.accuracy, metrics.auc if figures is None else figures["roc_auc"]

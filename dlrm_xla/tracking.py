@@ -33,6 +33,11 @@ def writing(path: Path, flag: str = "--log-dir") -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another folder with {flag}") from None
 
 
+def make_folder(path: Path, flag: str = "--log-dir") -> None:
+    with writing(path, flag):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 class LineFile:
     """A text file that grows by whole lines: each is handed to the system at once, so a kill loses the line being written and no other.
 
@@ -42,13 +47,13 @@ class LineFile:
     def __init__(self, path: Path):
         self.path = path
         with writing(self.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._cut_unfinished_line()
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        self._whole = _WholeWrites(self._file)
+            self._file = _WholeWrites(path, "ab")
 
     def write(self, line: str) -> None:
         with writing(self.path):
-            self._whole.write(line.encode() + b"\n")
+            self._file.write(line.encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()
@@ -90,8 +95,8 @@ class EventFile:
         with writing(folder, "--tensor-board-filename"):
             folder.mkdir(parents=True, exist_ok=True)
             names = (folder / f"{stem}.{number}" for number in range(1000))
-            self._file = open(next(name for name in names if not name.exists()), "xb", buffering=0)  # noqa: SIM115
-        self._records = RecordWriter(_WholeWrites(self._file))
+            self._file = _WholeWrites(next(name for name in names if not name.exists()), "xb")
+        self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         if first_step is not None:
             self._write(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
@@ -119,14 +124,21 @@ class EventFile:
 
 
 class _WholeWrites:
-    """An unbuffered file whose write is complete or an OSError: a full disk may take a part of it."""
+    """A file whose write is complete or an OSError, after which it is closed: a full disk may take a part of it."""
 
-    def __init__(self, file):
-        self._file = file
+    def __init__(self, path: Path, mode: str):
+        self._file = open(path, mode, buffering=0)  # noqa: SIM115
 
     def write(self, data: bytes) -> None:
-        if self._file.write(data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Tracker:
@@ -162,7 +174,11 @@ class Tracker:
         _write_file(self.run_dir / "environment.json", _with_earlier(self.run_dir / "environment.json", environment))
         self._lines = LineFile(self.run_dir / "metrics.jsonl")
         self._record("start", first_step, None, {"resumed": resumed, "bayes_auc": bayes_auc})
-        self._events = EventFile(self.tensorboard_dir, first_step + 1 if resumed else None)
+        try:
+            self._events = EventFile(self.tensorboard_dir, first_step + 1 if resumed else None)
+        except UserError:
+            self._lines.close()
+            raise
 
     def train(
         self, step: int, epoch: int, loss: float, interval: Interval, compiles: int | None = None, fallbacks: int | None = None

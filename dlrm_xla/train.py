@@ -17,48 +17,56 @@ from dlrm_xla.specs import UserError
 class LossMeter:
     """Mean loss since the last reset and the first batch whose loss was not finite, kept on the device: reading them is the only wait.
 
-    Sums are float64: a mean over a thousand batches would lose its sixth digit in float32.
+    totals  [4] float64: sum of loss x rows, rows, first bad batch (inf: none), batches done in the epoch. A mean over a thousand batches
+            would lose its sixth digit in float32. It is always sent from the host whole: a constant made on the device would be another
+            program.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.batch = torch.zeros((), dtype=torch.float64, device=device)
-        self.first_bad = torch.full((), math.inf, dtype=torch.float64, device=device)
-        self.reset()
+        self._send(0.0, 0.0, math.inf, 0.0)
+
+    def _send(self, *values: float) -> None:
+        self.totals = torch.tensor(values, dtype=torch.float64).to(self.device)
 
     def reset(self, loss_sum: float = 0.0, rows: float = 0.0) -> None:
-        self.loss_sum = torch.tensor(loss_sum, dtype=torch.float64, device=self.device)
-        self.rows = torch.tensor(rows, dtype=torch.float64, device=self.device)
+        _, _, first_bad, batch = self.totals.tolist()
+        self._send(loss_sum, rows, first_bad, batch)
 
     def start_epoch(self, batch: int) -> None:
         """The next loss is that of batch number `batch`, counted from 0."""
-        self.batch = torch.tensor(float(batch), dtype=torch.float64, device=self.device)
+        loss_sum, rows, first_bad, _ = self.totals.tolist()
+        self._send(loss_sum, rows, first_bad, float(batch))
 
     def add(self, loss: Tensor, num_rows: Tensor) -> None:
-        self.batch = self.batch + 1
-        bad = torch.where(torch.isfinite(loss), math.inf, self.batch)
-        self.first_bad = torch.minimum(self.first_bad, bad)
-        self.loss_sum = self.loss_sum + loss.double() * num_rows
-        self.rows = self.rows + num_rows
+        """loss, num_rows: 0-D, on the device."""
+        loss_sum, rows, first_bad, batch = self.totals.unbind()
+        batch = batch + 1
+        first_bad = torch.where(torch.isfinite(loss), first_bad, torch.minimum(first_bad, batch))
+        self.totals = torch.stack([loss_sum + loss.double() * num_rows, rows + num_rows, first_bad, batch])
 
     def check(self) -> None:
         """Waits for the device. NotFiniteLoss where a loss was NaN or infinite, with the batch's number (1 is the first of the epoch)."""
-        first_bad = self.first_bad.item()
+        first_bad = self.totals.tolist()[2]
         if math.isfinite(first_bad):
             raise NotFiniteLoss(int(first_bad))
 
     def mean(self) -> float:
         """Waits for the device and checks."""
         self.check()
-        return self.loss_sum.item() / self.rows.item()
+        loss_sum, rows = self.state()
+        return loss_sum / rows
 
     def state(self) -> tuple[float, float]:
-        return self.loss_sum.item(), self.rows.item()
+        """Sum of loss x rows, and rows, since the last reset."""
+        return tuple(self.totals.tolist()[:2])
 
 
 class NotFiniteLoss(UserError):
-    def __init__(self, batch: int):
-        super().__init__(f"the loss of batch {batch} is not a finite number")
+    """Training has gone wrong at `batch` (1 is the first of the epoch). what: the numbers that show it."""
+
+    def __init__(self, batch: int, what: str = "the loss of batch {batch}"):
+        super().__init__(f"{what.format(batch=batch)} is not a finite number")
         self.batch = batch
 
 
@@ -81,6 +89,7 @@ class Trainer:
         self._rate: float | None = None
         self._neg_lr: Tensor | None = None
         self._pending: list = []  # lookups of batches that wait for their common step
+        backend.end_step()  # the optimizers' zeros become data; as constants they would make the first step another program
 
     def forward(self, batch: StepBatch) -> Tensor:
         """Click probabilities [B, 1]."""
@@ -97,7 +106,12 @@ class Trainer:
             self.drop_pending()
         lookup = self.tables.lookup(batch.ids, batch.weights)
         prediction = self.model(batch.dense, lookup.pooled)
-        loss = self.loss(prediction, batch.labels, batch.valid)
+        try:
+            loss = self.loss(prediction, batch.labels, batch.valid)
+        except RuntimeError:  # torch's cross entropy refuses a prediction of NaN on the CPU
+            if prediction.isfinite().all():
+                raise
+            raise NotFiniteLoss(index + 1) from None
         loss.backward()
         self.meter.add(loss.detach(), batch.valid.sum())
         self._pending.append(lookup)
@@ -135,5 +149,5 @@ class Trainer:
     def negative_rate(self, rate: float) -> Tensor:
         """Minus the rate as a 0-D tensor on the device, sent only when it changes."""
         if rate != self._rate:
-            self._rate, self._neg_lr = rate, torch.tensor(-rate, device=self.backend.device)
+            self._rate, self._neg_lr = rate, torch.tensor(-rate).to(self.backend.device)
         return self._neg_lr
