@@ -6,7 +6,7 @@ VENV ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/dlrm_xla/venv
 WORK ?= runs
 RAW ?=
 DEVICE ?= auto
-ROWS ?= 300000
+ROWS ?= 1200000
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.requirements
 

@@ -131,10 +131,18 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
         progress.epoch * data.train.num_batches + progress.batch, data.bayes_auc,
     )  # fmt: skip
     # upstream's train and test data share a stream when compatible: a batch drawn early would change the next test
-    depth = 0 if compat and config.data.source != "kaggle" else 2 * max(1, config.data.num_workers)
+    shared_stream = compat and config.data.source != "kaggle"
+
+    def reader(num_workers: int):
+        depth = 0 if shared_stream else 2 * max(1, num_workers)
+        return lambda batches: read_ahead(batches, depth)
+
     session = Session(
-        config, trainer, data, console, tracker, mlperf, lambda batches: read_ahead(batches, depth), resolved, progress,
+        config, trainer, data, console, tracker, mlperf, reader(config.data.num_workers), reader(config.data.test_num_workers), resolved,
+        progress,
     )  # fmt: skip
+    if output.save_model and output.test_freq < 1 and not output.save_every and not config.inference_only:
+        console.note("warning: no checkpoint will be written: --save-model needs --test-freq=N (the best test's) or --save-every=N")
     with tracker:
         num_batches = data.test.num_batches if config.inference_only else data.train.num_batches * train.num_epochs
         with profiled(output.profile, backend.name, num_batches, Path(), console.note):
@@ -153,7 +161,6 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
             onnx_export.save_onnx(trainer, first_batch, config.data.source == "kaggle", onnx_path, console.line)
     finally:
         session.print_summary(paths)
-
 
 
 if __name__ == "__main__":

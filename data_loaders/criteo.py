@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_loaders.criteo_npz import DAMAGE, Processed, RawFingerprint, cause, read_npz
+from data_loaders.criteo_npz import DAMAGE, Processed, RawFingerprint, cause, read_array, read_npz
 from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
 from data_loaders.preprocess import DAYS, PROCESSED_NAME, day_count_file, preprocess, split_days
 from dlrm_xla.batch import Batch, pad_rows
@@ -208,8 +208,7 @@ def _rows_of_days(data: Processed, path: Path, raw: Path | None) -> np.ndarray:
     if total is None and raw is not None and day_count_file(raw).exists():
         source = day_count_file(raw)
         try:
-            with np.load(source) as counts:
-                total = counts["total_per_file"]
+            total = read_array(source, "total_per_file")
         except (OSError, *DAMAGE) as error:
             raise UserError(f"{source}: cannot read upstream's rows per day ({cause(error)}); delete it") from None
     n = len(data.packed)

@@ -2,8 +2,8 @@
 
 Ours has what upstream's has (X_cat, X_int, y, counts; X_cat int32 instead of float64) and total_per_file and `meta`, a JSON text: format
 version, the flags it was made with, and the raw file's name, size and SHA-256 of its first and last MiB as stored (compressed, if it is).
-So a file made with other flags or from another raw file is refused; upstream uses it silently. It is not compressed: deflate costs 5 to 10
-times the rest of the writing, and reading it back as much.
+So a file made with other flags or from another raw file is refused; upstream uses it silently. It is not compressed:
+measured, a row costs 0.3 us of CPU to write, 2.0 at deflate's fastest level and 9.4 at its default one.
 """
 
 import contextlib
@@ -99,7 +99,8 @@ class Processed:
 @contextlib.contextmanager
 def atomic_write(path: Path, way_out: str) -> Iterator[IO[bytes]]:
     """A file that appears under its name only when it is whole. It is written beside, as .<name>.<process>.tmp, under a lock, so that
-    what an interrupted run left is told from what another run is still writing, and removed. An OSError becomes a UserError that ends in way_out.
+    what an interrupted run left is told from what another run is still writing, and removed. An OSError becomes a UserError that ends
+    in way_out.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -132,7 +133,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def write_npz(file: IO[bytes], arrays: dict[str, tuple[tuple[int, ...], Iterator[np.ndarray]]]) -> None:
-    """An uncompressed .npz; each array is (shape, its rows in pieces), so that it need not exist as a whole. The bytes depend on the values only."""
+    """An uncompressed .npz; each array is (shape, its rows in pieces), so that it need not exist as a whole. Same values, same bytes."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, (shape, pieces) in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
@@ -159,6 +160,12 @@ def read_npz(path: Path) -> Processed:
         raise
     except DAMAGE as error:
         raise UserError(f"{path}: damaged, or not a processed Criteo file ({cause(error)}); {_way_out(path)}") from None
+
+
+def read_array(path: Path, name: str) -> np.ndarray:
+    """One array of an .npz. Raises OSError or one of DAMAGE. (np.load leaves a damaged file open when it is given its name.)"""
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
+        return data[name]
 
 
 def _read(archive: zipfile.ZipFile, path: Path) -> Processed:

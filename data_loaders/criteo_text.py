@@ -4,7 +4,7 @@ Upstream splits each line in Python (54 us of CPU per row). Here pyarrow cuts a 
 64-bit word, become numbers a column at a time. A block that holds anything out of the ordinary goes through a careful reader, line by line,
 which either gives its rows or names the line, the column and the value that are wrong: no row is ever dropped.
 Accepted as upstream does: CRLF line ends, a last line without its end, upper-case ids, ids of fewer than eight digits, "0x" before an id.
-Refused though upstream takes it: a label other than 0 and 1 (an empty one included), blanks, signs and underscores that Python's int() allows.
+Refused though upstream takes it: a label other than 0 and 1 (an empty one included); blanks, plus signs, underscores that int() allows.
 """
 
 import contextlib
@@ -122,11 +122,10 @@ def _read_piece(text: io.BufferedIOBase) -> tuple[bytes, Exception | None]:
 def parse_block(block: bytes, first_line: int, path: Path) -> Rows:
     """Rows of a block of whole lines; first_line and path are for the message of a UserError."""
     num_lines = block.count(b"\n") + (not block.endswith(b"\n"))
-    lone_return = b"\r" in block and block.count(b"\r") != block.count(b"\r\n")
-    if not lone_return and not block.translate(None, _ORDINARY):
+    if not block.translate(None, _ORDINARY):
         for id_type in (pa.binary(8), pa.string()):
             rows = _parse_fast(block, id_type)
-            if rows is not None and len(rows.labels) == num_lines:
+            if rows is not None and len(rows.labels) == num_lines:  # more where a lone carriage return ends a line for pyarrow
                 return rows
     return _parse_carefully(block, first_line, path)
 

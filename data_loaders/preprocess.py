@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_loaders.criteo_npz import DAMAGE, Meta, RawFingerprint, atomic_write, write_npz
+from data_loaders.criteo_npz import DAMAGE, Meta, RawFingerprint, atomic_write, read_array, write_npz
 from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE, Rows, read_rows
 from dlrm_xla.specs import UserError
 
@@ -58,8 +58,8 @@ def preprocess(
                 "meta": ((), iter([np.array(meta.to_json())])),
             }
             write_npz(file, arrays)
-    if out.parent.resolve() == raw.parent.resolve():
-        _write_day_count(raw, total_per_file)
+        if out.parent.resolve() == raw.parent.resolve():  # before the file gets its name: there is no processed file without it
+            _write_day_count(raw, total_per_file)
 
 
 def split_days(num_rows: int, days: int) -> np.ndarray:
@@ -115,9 +115,7 @@ def _write_day_count(raw: Path, total_per_file: np.ndarray) -> None:
     path = day_count_file(raw)
     if path.exists():
         try:
-            with np.load(path) as data:
-                if _OUR_MARK not in data:
-                    return
+            read_array(path, _OUR_MARK)
         except (OSError, *DAMAGE):
             return
     with atomic_write(path, "name a place outside the raw file's folder with --processed-data-file=PATH") as file:

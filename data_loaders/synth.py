@@ -1,10 +1,10 @@
-"""A generated file in Criteo Kaggle's format whose best possible AUC is known: python -m data_loaders.synth --out train.txt --rows 400000 --seed 1
+"""A generated file in Criteo Kaggle's format whose best possible AUC is known: python -m data_loaders.synth --out train.txt --rows 400000
 
-A row's click probability is the sigmoid of a sum of effects: one of each id (ids are Zipf-distributed; the effect shrinks with the id's rank,
-for nobody can learn an id that was seen twice) and one of each count (linear in log(1 + count); missing and negative act as 0, as they do after
-preprocessing). So nothing is hidden from a model that reads the processed columns, and the Bayes AUC is that of the true probability itself. It
-is printed and written to <out>.bayes.json, over all rows and over the test half (first half, rounded up, of the last seventh).
-Real Criteo columns differ: they have millions of ids, interactions, and drift from day to day. Upstream has no such generator.
+A row's click probability is the sigmoid of a sum of effects: one of each id (ids are Zipf-distributed; the effect shrinks with the id's
+rank, for nobody can learn an id that was seen twice) and one of each count (linear in log(1 + count); missing and negative act as 0, as
+they do after preprocessing). So nothing is hidden from a model that reads the processed columns, and the Bayes AUC is that of the true
+probability. It is printed and written to <out>.bayes.json, over all rows and over the test half (first half, rounded up, of the last
+seventh). Real Criteo columns differ: millions of ids, interactions, drift from day to day. Upstream has no such generator.
 """
 
 import argparse

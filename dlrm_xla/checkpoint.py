@@ -4,6 +4,7 @@ Differs from upstream: nothing but tensors, numbers and text is ever unpickled (
 through by name), the file is written beside and put in place, and the key "dlrm_xla" holds what an exact resume needs beyond upstream's keys.
 """
 
+import errno
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -69,14 +70,14 @@ class Checkpoint:
 
 def check_writable(path: Path) -> None:
     """UserError where a checkpoint could not be written there; better at the start than after an hour."""
-    if path.is_dir():
-        raise UserError(f"--save-model={path}: is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise UserError(f"--save-model={path}: the folder {path.parent} does not exist; make it, or choose another place")
-    if path.exists() and not path.is_file():
-        raise UserError(f"--save-model={path}: is no ordinary file and would be replaced by one; choose another place")
     beside = _beside(path)
     try:
+        if path.is_dir():
+            raise UserError(f"--save-model={path}: is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise UserError(f"--save-model={path}: the folder {path.parent} does not exist; make it, or choose another place")
+        if path.exists() and not path.is_file():
+            raise UserError(f"--save-model={path}: is no ordinary file and would be replaced by one; choose another place")
         open(beside, "wb").close()
         beside.unlink()
     except OSError as error:
@@ -131,30 +132,53 @@ def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
 def read(path: Path) -> Checkpoint:
     """Reads ours, upstream's, or the TPU port's file. UserError where it cannot be read or lacks something."""
     flag = f"--load-model={path}"
-    if not path.exists():
-        raise UserError(f"{flag}: no such file")
     try:
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
         with torch.serialization.safe_globals(_NUMPY_NUMBERS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
+        # a file that is cut off can send torch to a place before its beginning
+        if error.errno == errno.EINVAL:
+            raise UserError(f"{flag}: not a readable checkpoint; is it complete?") from None
         raise UserError(f"{flag}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # the unpickler meets anything in a damaged file; whatever it says, the file is not a checkpoint
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        reason = (str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__).splitlines()[0][:120]
+        if any(sign in reason for sign in ("Unsupported global", "Unsupported class", "unsupported GLOBAL", "unrecognized function")):
             raise UserError(f"{flag}: holds more than tensors and numbers, so it is not loaded; save it again with plain values") from None
-        raise UserError(f"{flag}: not a readable checkpoint; is it complete? ({(str(error).strip() or type(error).__name__).splitlines()[0][:120]})") from None
+        raise UserError(f"{flag}: not a readable checkpoint; is it complete? ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{flag}: holds a {type(content).__name__}, not a checkpoint of DLRM")
     missing = [key for key in _REQUIRED if key not in content]
     if missing:
         raise UserError(f"{flag}: is not a whole checkpoint of DLRM: it lacks {', '.join(missing)}")
-    ours = content.get("dlrm_xla")
+    try:
+        return _checkpoint(path, content)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:120]}"
+        raise UserError(f"{flag}: has wrong values where a checkpoint of DLRM has its own ({reason})") from None
+
+
+def _checkpoint(path: Path, content: dict) -> Checkpoint:
+    """Raises all sorts of errors where a value is of the wrong kind."""
+    weights, optimizer, ours = content["state_dict"], content.get("opt_state_dict") or None, content.get("dlrm_xla")
+    if not all(isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()):
+        raise TypeError("state_dict is not names and tensors")
+    if optimizer is not None:
+        states = [state.values() for state in optimizer["state"].values()]
+        if not all(isinstance(value, Tensor | float | int | None) for state in states for value in state):
+            raise TypeError("opt_state_dict holds something else than numbers")
+        [len(group["params"]) for group in optimizer["param_groups"]]
+    progress = _upstream_progress(content) if ours is None else Progress(**ours["progress"])
+    if min(progress.epoch, progress.batch, progress.updates) < 0:
+        raise ValueError(f"it stands at epoch {progress.epoch}, batch {progress.batch}")
     return Checkpoint(
         path=path,
-        weights={name.replace(".embtable.weight", ".weight"): tensor for name, tensor in content["state_dict"].items()},
-        optimizer=content.get("opt_state_dict"),
-        progress=Progress(**ours["progress"]) if ours else _upstream_progress(content),
+        weights={name.replace(".embtable.weight", ".weight"): tensor for name, tensor in weights.items()},
+        optimizer=optimizer,
+        progress=progress,
         exact=ours is not None,
-        learning_rate=_group_rate(content.get("opt_state_dict")),
+        learning_rate=_group_rate(optimizer),
         flags=ours["flags"] if ours else {},
     )
 
@@ -231,6 +255,10 @@ def check_shapes(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> 
     """UserError at the first parameter that the checkpoint lacks, has too much, or has in another shape."""
     found = {name: tuple(tensor.shape) for name, tensor in checkpoint.weights.items()}
     prefix = f"--load-model={checkpoint.path}"
+    here, there = (len({name.split(".")[1] for name in names if name.startswith("emb_l.")}) for names in (wanted, found))
+    if here != there:
+        what = f"the number of tables is {there} in the checkpoint and {here} here"
+        raise UserError(f"{prefix}: {what}; --arch-embedding-size or the data set must be as it was trained")
     for name in [*wanted, *found]:
         here, there = wanted.get(name), found.get(name)
         if here != there:

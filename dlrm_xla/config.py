@@ -1,7 +1,6 @@
 """What a run is to do, checked once: frozen values made from the flags, so that nothing below asks argparse or checks again."""
 
 import argparse
-import math
 from dataclasses import asdict, dataclass
 
 from dlrm_xla.specs import UserError
@@ -55,6 +54,7 @@ class DataConfig:
     data_size: int
     num_batches: int
     num_workers: int
+    test_num_workers: int
     distribution: str
     rand_min: float
     rand_max: float
@@ -136,6 +136,8 @@ class Config:
         check_architecture(args, bottom, top)
         pooling = args.weighted_pooling and ("fixed" if args.weighted_pooling == "fixed" else "learned")
         batch = args.mini_batch_size
+        # --log-dir holds TensorBoard's files too, unless their flag was given a place of its own
+        tensorboard_dir = args.log_dir if args.log_dir and args.tensor_board_filename == "run_kaggle_pt" else args.tensor_board_filename
         return cls(
             model=ModelConfig(
                 args.arch_sparse_feature_size, bottom, top, args.arch_interaction_op, args.arch_interaction_itself, pooling or None,
@@ -155,6 +157,7 @@ class Config:
                 data_size=args.data_size,
                 num_batches=args.num_batches,
                 num_workers=args.num_workers,
+                test_num_workers=args.test_num_workers if args.test_num_workers >= 0 else args.num_workers,
                 distribution=args.rand_data_dist,
                 rand_min=args.rand_data_min, rand_max=args.rand_data_max, rand_mu=args.rand_data_mu, rand_sigma=args.rand_data_sigma,
                 trace_file=args.data_trace_file,
@@ -175,7 +178,7 @@ class Config:
             ),
             output=OutputConfig(
                 args.print_freq, args.test_freq, args.print_time, args.print_wall_time, args.print_precision, args.debug_mode,
-                args.enable_profiling, args.save_onnx, args.log_dir or args.tensor_board_filename, args.tensor_board_filename if not args.log_dir or args.tensor_board_filename != "run_kaggle_pt" else args.log_dir,
+                args.enable_profiling, args.save_onnx, args.log_dir or args.tensor_board_filename, tensorboard_dir,
                 args.save_model, args.save_every, args.load_model, args.mlperf_logging, args.mlperf_acc_threshold,
                 args.mlperf_auc_threshold, args.tpu_metrics_debug,
             ),
@@ -194,8 +197,15 @@ def ints(text: str) -> tuple[int, ...]:
 def refuse_unsupported(args) -> None:
     """Flags that this version cannot honour, each with the reason. None is ignored."""
     refusals = (
-        (args.activation_function != "relu", f"--activation-function={args.activation_function}: upstream reads this flag nowhere and its MLPs are always relu; leave it out"),
-        (args.data_generation == "internal", "--data-generation=internal: needs a library that Meta has not published; use random, synthetic or dataset"),
+        (
+            args.activation_function != "relu",
+            f"--activation-function={args.activation_function}: upstream reads this flag nowhere and its MLPs are always "
+            "relu; leave it out",
+        ),
+        (
+            args.data_generation == "internal",
+            "--data-generation=internal: needs a library that Meta has not published; use random, synthetic or dataset",
+        ),
         (args.data_set == "terabyte", "--data-set=terabyte: this version reads Criteo Kaggle files only; use --data-set=kaggle"),
         (args.memory_map, "--memory-map: not in this version, which keeps the data in memory as int32 (160 bytes a row); leave it out"),
         (args.mlperf_bin_loader, "--mlperf-bin-loader: needs the terabyte data set, which this version does not read; leave it out"),
@@ -204,7 +214,10 @@ def refuse_unsupported(args) -> None:
         (args.local_rank != -1, f"--local_rank={args.local_rank}: this version trains in one process; leave it out"),
         (args.dist_backend != "", f"--dist-backend={args.dist_backend}: this version trains in one process; leave it out"),
         (args.tpu_cores != 1, f"--tpu-cores={args.tpu_cores}: this version trains on one chip; use --tpu-cores=1"),
-        (not args.sync_dense_params, "--sync-dense-params=False: concerns several GPUs in one process; this version uses one; leave it out"),
+        (
+            not args.sync_dense_params,
+            "--sync-dense-params=False: concerns several GPUs in one process; this version uses one; leave it out",
+        ),
     )
     for wrong, message in refusals:
         if wrong:
@@ -236,9 +249,9 @@ def check_numbers(args) -> None:
         value = getattr(args, name.replace("-", "_"))
         if value < least:
             raise UserError(f"--{name}={value}: must be at least {least}")
-    for name in ("test-mini-batch-size", "test-num-workers", "max-ind-range", "qr-threshold", "md-threshold", *(name for name, _ in at_least)):
+    for name in ("test-mini-batch-size", "test-num-workers", "qr-threshold", "md-threshold", *(name for name, _ in at_least)):
         value = getattr(args, name.replace("-", "_"))
-        if abs(value) > MAX_INT32 and name not in ("numpy-rand-seed", "max-ind-range"):
+        if abs(value) > MAX_INT32 and name != "numpy-rand-seed":
             raise UserError(f"--{name}={value}: must be at most {MAX_INT32}")
     for name in (
         "learning-rate", "rand-data-min", "rand-data-max", "rand-data-mu", "rand-data-sigma", "md-temperature", "loss-threshold",
@@ -250,17 +263,31 @@ def check_numbers(args) -> None:
     rules = (
         (args.learning_rate < 0, f"--learning-rate={args.learning_rate}: must not be negative"),
         (args.numpy_rand_seed >= 2**32, f"--numpy-rand-seed={args.numpy_rand_seed}: must be below 2^32"),
-        (args.test_mini_batch_size == 0 or args.test_mini_batch_size < -1, f"--test-mini-batch-size={args.test_mini_batch_size}: must be -1 (as --mini-batch-size) or at least 1"),
+        (
+            args.test_mini_batch_size == 0 or args.test_mini_batch_size < -1,
+            f"--test-mini-batch-size={args.test_mini_batch_size}: must be -1 (as --mini-batch-size) or at least 1",
+        ),
         (not 0 <= args.data_sub_sample_rate < 1, f"--data-sub-sample-rate={args.data_sub_sample_rate}: must be at least 0 and below 1"),
-        (args.max_ind_range == 0 or args.max_ind_range < -1, f"--max-ind-range={args.max_ind_range}: must be -1 (no folding) or at least 1"),
+        (
+            args.max_ind_range == 0 or args.max_ind_range < -1,
+            f"--max-ind-range={args.max_ind_range}: must be -1 (no folding) or at least 1",
+        ),
+        (args.max_ind_range > 2**32, f"--max-ind-range={args.max_ind_range}: ids have 32 bits; must be at most {2**32}"),
         (args.rand_data_min > args.rand_data_max, f"--rand-data-min={args.rand_data_min} is above --rand-data-max={args.rand_data_max}"),
         (args.rand_data_max > MAX_INT32, f"--rand-data-max={args.rand_data_max}: ids are at most {MAX_INT32}"),
         (args.test_num_workers < -1, f"--test-num-workers={args.test_num_workers}: must be -1 (as --num-workers) or at least 0"),
         (not 0 <= args.md_temperature <= 4, f"--md-temperature={args.md_temperature}: must be from 0 (equal dimensions) to 4"),
         (args.rand_data_sigma < 0, f"--rand-data-sigma={args.rand_data_sigma}: must not be negative"),
         (args.rand_data_min < 0, f"--rand-data-min={args.rand_data_min}: ids start at 0; it must not be negative"),
-        (args.lr_decay_start_step < args.lr_num_warmup_steps, f"--lr-decay-start-step={args.lr_decay_start_step} is before the end of --lr-num-warmup-steps={args.lr_num_warmup_steps}; warm-up must end before the decay starts"),
-        (args.mlperf_grad_accum_iter > 1 and not args.mlperf_logging, f"--mlperf-grad-accum-iter={args.mlperf_grad_accum_iter}: works with --mlperf-logging only; add it"),
+        (
+            args.lr_decay_start_step < args.lr_num_warmup_steps,
+            f"--lr-decay-start-step={args.lr_decay_start_step} is before the end of "
+            f"--lr-num-warmup-steps={args.lr_num_warmup_steps}; warm-up must end before the decay starts",
+        ),
+        (
+            args.mlperf_grad_accum_iter > 1 and not args.mlperf_logging,
+            f"--mlperf-grad-accum-iter={args.mlperf_grad_accum_iter}: works with --mlperf-logging only; add it",
+        ),
         (args.mlperf_acc_threshold > 0 and not args.mlperf_logging, "--mlperf-acc-threshold works with --mlperf-logging only; add it"),
         (args.mlperf_auc_threshold > 0 and not args.mlperf_logging, "--mlperf-auc-threshold works with --mlperf-logging only; add it"),
         (args.save_every > 0 and not args.save_model, f"--save-every={args.save_every} needs --save-model=FILE, the checkpoint to write"),
@@ -284,24 +311,62 @@ def check_architecture(args, bottom, top) -> None:
         (min(top) < 1, f"--arch-mlp-top={args.arch_mlp_top}: every layer needs at least one unit"),
         (len(bottom) < 2, f"--arch-mlp-bot={args.arch_mlp_bot}: needs an input and at least one layer, as in 13-64-16"),
         (top[-1] != 1, f"--arch-mlp-top={args.arch_mlp_top}: must end in 1, the probability of a click"),
-        (concat and 2 * dim != last, f"--arch-sparse-feature-size={dim} with --qr-operation=concat gives vectors of {2 * dim}, but --arch-mlp-bot ends in {last}; make it end in {2 * dim}"),
-        (not concat and dim != last, f"--arch-sparse-feature-size={dim} does not match the last layer {last} of --arch-mlp-bot; make them equal"),
-        (not all(weight <= MAX_FLOAT32 for weight in weights), f"--loss-weights={args.loss_weights}: must be finite numbers, not beyond {MAX_FLOAT32:.1e}"),
+        (
+            concat and 2 * dim != last,
+            f"--arch-sparse-feature-size={dim} with --qr-operation=concat gives vectors of {2 * dim}, but --arch-mlp-bot ends "
+            f"in {last}; make it end in {2 * dim}",
+        ),
+        (
+            not concat and dim != last,
+            f"--arch-sparse-feature-size={dim} does not match the last layer {last} of --arch-mlp-bot; make them equal",
+        ),
+        (
+            not all(weight <= MAX_FLOAT32 for weight in weights),
+            f"--loss-weights={args.loss_weights}: must be finite numbers, not beyond {MAX_FLOAT32:.1e}",
+        ),
         (max(bottom) > MAX_INT32, f"--arch-mlp-bot={args.arch_mlp_bot}: a layer has at most {MAX_INT32} units"),
         (max(top) > MAX_INT32, f"--arch-mlp-top={args.arch_mlp_top}: a layer has at most {MAX_INT32} units"),
-        (args.data_generation != "dataset" and max(rows) > MAX_INT32, f"--arch-embedding-size={args.arch_embedding_size}: a table has at most {MAX_INT32} rows"),
-        (args.data_generation != "dataset" and batch_numbers > MAX_BATCH_NUMBERS, f"--mini-batch-size={args.mini_batch_size} with --num-indices-per-lookup={args.num_indices_per_lookup}: one batch would hold {batch_numbers:.1e} numbers; make one of them smaller"),
-        (args.data_generation != "dataset" and min(rows) < 1, f"--arch-embedding-size={args.arch_embedding_size}: every table needs at least one row"),
+        (
+            args.data_generation != "dataset" and max(rows) > MAX_INT32,
+            f"--arch-embedding-size={args.arch_embedding_size}: a table has at most {MAX_INT32} rows",
+        ),
+        (
+            args.data_generation != "dataset" and batch_numbers > MAX_BATCH_NUMBERS,
+            f"--mini-batch-size={args.mini_batch_size} with --num-indices-per-lookup={args.num_indices_per_lookup}: one batch "
+            f"would hold {batch_numbers:.1e} numbers; make one of them smaller",
+        ),
+        (
+            args.data_generation != "dataset" and min(rows) < 1,
+            f"--arch-embedding-size={args.arch_embedding_size}: every table needs at least one row",
+        ),
         (args.qr_flag and args.md_flag, "--qr-flag and --md-flag: a table can be compressed by one of them only"),
         (bool(args.weighted_pooling) and args.qr_flag, "--weighted-pooling with --qr-flag is not supported; leave one of them out"),
         (bool(args.weighted_pooling) and args.md_flag, "--weighted-pooling with --md-flag is not supported; leave one of them out"),
-        (args.loss_function == "wbce" and len(weights) != 2, f"--loss-weights={args.loss_weights}: wbce needs two, of label 0 and of label 1"),
-        (args.quantize_emb_with_bit != 32 and args.qr_flag, f"--quantize-emb-with-bit={args.quantize_emb_with_bit} with --qr-flag is not supported; leave one of them out"),
-        (args.quantize_emb_with_bit != 32 and args.md_flag, f"--quantize-emb-with-bit={args.quantize_emb_with_bit} with --md-flag is not supported; leave one of them out"),
-        (quantized(args) and not args.inference_only, "--quantize-mlp-with-bit and --quantize-emb-with-bit quantize a trained model: add --inference-only"),
+        (
+            args.loss_function == "wbce" and len(weights) != 2,
+            f"--loss-weights={args.loss_weights}: wbce needs two, of label 0 and of label 1",
+        ),
+        (
+            args.quantize_emb_with_bit != 32 and args.qr_flag,
+            f"--quantize-emb-with-bit={args.quantize_emb_with_bit} with --qr-flag is not supported; leave one of them out",
+        ),
+        (
+            args.quantize_emb_with_bit != 32 and args.md_flag,
+            f"--quantize-emb-with-bit={args.quantize_emb_with_bit} with --md-flag is not supported; leave one of them out",
+        ),
+        (
+            quantized(args) and not args.inference_only,
+            "--quantize-mlp-with-bit and --quantize-emb-with-bit quantize a trained model: add --inference-only",
+        ),
         (quantized(args) and chosen_device(args) in ("cuda", "xla"), "quantized inference runs on the CPU only: use --device=cpu"),
-        (quantized(args) and args.save_onnx, "--save-onnx writes the weights as they were trained, in float32; leave it or the --quantize flags out"),
-        (args.data_generation == "dataset" and not (args.raw_data_file or args.processed_data_file), "--data-generation=dataset needs --raw-data-file (Criteo text) or --processed-data-file"),
+        (
+            quantized(args) and args.save_onnx,
+            "--save-onnx writes the weights as they were trained, in float32; leave it or the --quantize flags out",
+        ),
+        (
+            args.data_generation == "dataset" and not (args.raw_data_file or args.processed_data_file),
+            "--data-generation=dataset needs --raw-data-file (Criteo text) or --processed-data-file",
+        ),
     )  # fmt: skip
     for wrong, message in rules:
         if wrong:

@@ -1,7 +1,7 @@
-"""The command line: every flag of upstream's dlrm_s_pytorch.py with its name, default and choices, the TPU port's, and ours in groups of their own.
+"""The command line: every flag of upstream's dlrm_s_pytorch.py with its name, default and choices; the TPU port's and ours in groups apart.
 
-Differs from upstream: a true-or-false flag may be given bare or with a value (`--round-targets`, `--round-targets=True`), and `=False` means
-False; `--data-generation=synthetic` (trace files), which upstream implements and refuses, is accepted; an error is one line.
+Differs from upstream: a true-or-false flag may be given bare or with a value (`--round-targets`, `--round-targets=True`), and `=False`
+means False; `--data-generation=synthetic` (trace files), which upstream implements and refuses, is accepted; an error is one line.
 """
 
 import argparse
@@ -56,8 +56,8 @@ def build_parser() -> Parser:
         prog="run_dlrm.py",
         usage="python run_dlrm.py [--FLAG=VALUE ...]",
         description="Train and test DLRM on CPU, CUDA or XLA with the flags of facebookresearch/dlrm.",
-        epilog="True|False: --flag and --flag=True switch on, --flag=False off. A-B-C: numbers separated by dashes. A flag may be shortened "
-        "as far as it stays unique.",
+        epilog="True|False: --flag and --flag=True switch on, --flag=False off. A-B-C: numbers separated by dashes. "
+        "A flag may be shortened as far as it stays unique.",
         formatter_class=Help,
     )
 
@@ -139,7 +139,7 @@ def build_parser() -> Parser:
     switch(output, "--print-time", "show ms/it, else -1.00")
     switch(output, "--print-wall-time", "show the time of day")
     switch(output, "--debug-mode", "print the model, the data and the parameters")
-    switch(output, "--enable-profiling", "write dlrm_s_pytorch<time>{_shape.prof,_total.prof,.json}; for short runs (--num-batches): 5 MB of memory a batch")
+    switch(output, "--enable-profiling", "write dlrm_s_pytorch<time>{_shape.prof,_total.prof,.json}; keep --num-batches small: 5 MB a batch")
     switch(output, "--plot-compute-graph", "refused, as upstream does at the end of the run")
     option(output, "--tensor-board-filename", str, "run_kaggle_pt", "folder for TensorBoard's files", "DIR")
     option(output, "--save-model", str, "", "write a checkpoint at each test that is the best so far", "FILE")
@@ -208,7 +208,8 @@ def read_config_file(parser: Parser, path: Path) -> list[str]:
         raise UserError(f"--config={path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config={path}: must be lines of the form `name: value`")
-    known = {option.lstrip("-").replace("_", "-"): option for action in parser._actions for option in action.option_strings if option[:2] == "--"}
+    options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    known = {option.lstrip("-").replace("_", "-"): option for option in options}
     arguments: dict[str, str] = {}
     for key, value in root.value:
         where = f"--config={path}: line {key.start_mark.line + 1}"
@@ -221,6 +222,8 @@ def read_config_file(parser: Parser, path: Path) -> list[str]:
             raise UserError(f"{where}: {key.value} is there twice; keep one of them")
         if not isinstance(value, yaml.ScalarNode):
             raise UserError(f"{where}: {key.value} must be one value, as on the command line (1024-10-10, not a list)")
+        if "\0" in value.value:
+            raise UserError(f"{where}: {key.value} holds a NUL character")
         arguments[known[name]] = value.value
         if value.style is None and value.value in ("null", "~"):  # not quoted: no value
             del arguments[known[name]]

@@ -2,9 +2,9 @@
 
 Differs from upstream: opset 16 instead of 11, because from 16 on ScatterElements can add: a bag's sum is one operator where upstream's file
 loops over the bags one by one (2048 rows, 4 tables, 3 ids a bag, onnxruntime on one thread: 1.8 ms, upstream's 21 ms). The ids of a table
-with bags of different lengths are an axis "num_indices_<table>", which upstream calls "batch_size" (--upstream-compat: so do we). The file is
-tried with onnxruntime on batches of several sizes; it works with --inference-only too, for compressed tables, and on every device (from copies
-of the weights on the CPU).
+with bags of different lengths are an axis "num_indices_<table>": upstream calls them all "batch_size", and onnxruntime, told that they are
+equally long, reuses one buffer for two of them and fails. The file is tried with onnxruntime on batches of several sizes; it works with
+--inference-only too, for compressed tables, and on every device (from copies of the weights on the CPU).
 """
 
 import copy
@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +67,18 @@ class BagTable(nn.Module):
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """ids [K] int64, offsets [B] int64 -> [B, D]."""
         bags = bag_numbers(offsets, ids.shape[0])
-        vectors = [
-            getattr(self, name).index_select(0, rows.reshape(-1)).reshape(ids.shape[0], -1)
-            for name, rows in zip(self.names, self.table.row_ids(ids), strict=True)
-        ]
+        vectors = [self.read(name, rows) for name, rows in zip(self.names, self.table.row_ids(ids), strict=True)]
         if self.pools_first:
             return self.table.combine(tuple(self.pool(vector, ids, bags, offsets) for vector in vectors))
         return self.pool(self.table.combine(tuple(vectors)), ids, bags, offsets)
+
+    def read(self, name: str, rows: Tensor) -> Tensor:
+        """rows [K] or [K, k] of a part -> [K, d] or [K, k d]."""
+        part = getattr(self, name)
+        if rows.dim() == 1:
+            return part.index_select(0, rows)
+        # -1 as a length would be ambiguous in a batch whose bags are all empty, K = 0
+        return part.index_select(0, rows.reshape(-1)).reshape(rows.shape[0], rows.shape[1] * part.shape[1])
 
     def pool(self, vectors: Tensor, ids: Tensor, bags: Tensor, offsets: Tensor) -> Tensor:
         """vectors [K, d] -> their weighted sums [B, d]."""
@@ -120,7 +126,7 @@ def save_onnx(trainer: Trainer, batch: Batch, stacked: bool, path: Path, print_l
     model.half_products = False  # the file computes in float32: onnxruntime has no bfloat16 product on the CPU
     batch = take_rows(batch, torch.arange(batch.num_valid))
     inputs = model_inputs(batch, tables, stacked)
-    names, axes = input_names(inputs, stacked, upstream_compat=trainer.config.upstream_compat)
+    names, axes = input_names(inputs, stacked)
     print_shapes(inputs, stacked, names, axes, print_line)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -154,18 +160,31 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
     return Batch(batch.dense[rows], batch.ids[rows], weights, batch.labels[rows], len(rows))
 
 
+def reason(error: Exception) -> str:
+    """The message without onnxruntime's chain of codes and places before it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(" : ")[-1][:300]
+
+
+def trial_batches(batch: Batch, stacked: bool) -> list[Batch]:
+    """The batch, its rows backwards and the last once more, its last row alone, and, where bags may be empty, that row without ids."""
+    last = batch.num_valid - 1
+    one = take_rows(batch, torch.tensor([last]))
+    trials = [batch, take_rows(batch, torch.tensor([*range(last, -1, -1), last])), one]
+    return trials if stacked else [*trials, replace(one, weights=torch.zeros(one.ids.shape))]
+
+
 def model_inputs(batch: Batch, tables: EmbeddingCollection, stacked: bool) -> tuple[Tensor, ...]:
     offsets, indices = to_bags(batch, tables.hotness)
     return batch.dense, torch.stack(offsets), *([torch.stack(indices)] if stacked else indices)
 
 
-def input_names(inputs: tuple[Tensor, ...], stacked: bool, upstream_compat: bool) -> tuple[list[str], dict[str, dict[int, str]]]:
+def input_names(inputs: tuple[Tensor, ...], stacked: bool) -> tuple[list[str], dict[str, dict[int, str]]]:
     """The inputs' names, and the axes whose length may change, pred's among them."""
     axes = {"dense_x": {0: "batch_size"}, "pred": {0: "batch_size"}, "offsets": {1: "batch_size"}}
     if stacked:
         return ["dense_x", "offsets", "indices"], {**axes, "indices": {1: "batch_size"}}
     names = [f"indices_{table}" for table in range(len(inputs) - 2)]
-    return ["dense_x", "offsets", *names], {**axes, **{name: {0: "batch_size" if upstream_compat else f"num_{name}"} for name in names}}
+    return ["dense_x", "offsets", *names], {**axes, **{name: {0: f"num_{name}"} for name in names}}
 
 
 def print_shapes(inputs: tuple[Tensor, ...], stacked: bool, names: list[str], axes: dict, print_line: Callable[[str], None]) -> None:
@@ -189,14 +208,14 @@ def write(model: nn.Module, inputs: tuple[Tensor, ...], names: list[str], axes: 
                 model, inputs, str(path), input_names=names, output_names=["pred"], dynamic_axes=axes, opset_version=OPSET, dynamo=False,
             )  # fmt: skip
         except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
-            raise UserError(f"--save-onnx: this model cannot be exported ({str(error).strip().splitlines()[0][:200]})") from None
+            raise UserError(f"--save-onnx: this model cannot be exported ({reason(error)})") from None
 
 
 @torch.no_grad()
 def check(
     written: Path, path: Path, model: DLRM, tables: EmbeddingCollection, batch: Batch, stacked: bool, names: list[str]
 ) -> None:
-    """UserError unless the file is valid and predicts as the model does on the batch, its rows backwards and one more, and one row."""
+    """UserError unless the file is valid and predicts as the model does on batches of several sizes."""
     import onnx
     import onnxruntime
 
@@ -208,21 +227,20 @@ def check(
     except Exception as error:  # the packages' own classes have nothing else in common
         if isinstance(error, OSError):
             raise
-        raise UserError(f"--save-onnx: {path} is not written, for onnx does not accept it ({str(error).strip().splitlines()[0][:200]})") from None
-    last = batch.size - 1
-    for rows in (torch.arange(batch.size), torch.tensor([*range(last, -1, -1), last]), torch.tensor([last])):
-        some = take_rows(batch, rows)
+        raise UserError(f"--save-onnx: {path} is not written, for onnx does not accept it ({reason(error)})") from None
+    for some in trial_batches(batch, stacked):
+        num_rows = some.num_valid
         inputs = model_inputs(some, tables, stacked)
         expected = model(some.dense, tables.lookup(some.ids, some.weights).pooled).numpy()
         try:
             (found,) = session.run(["pred"], {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
         except Exception as error:
             raise UserError(
-                f"--save-onnx: {path} is not written, for onnxruntime fails on {len(rows)} rows ({str(error).strip().splitlines()[0][:200]})"
+                f"--save-onnx: {path} is not written, for onnxruntime fails on {num_rows} rows ({reason(error)})"
             ) from None
         difference = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
         if not difference <= TOLERANCE:
             raise UserError(
-                f"--save-onnx: {path} is not written, for on {len(rows)} rows onnxruntime's predictions differ from the model's by "
+                f"--save-onnx: {path} is not written, for on {num_rows} rows onnxruntime's predictions differ from the model's by "
                 f"{difference:.2g}, and {TOLERANCE:g} is allowed"
             )

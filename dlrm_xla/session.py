@@ -33,6 +33,7 @@ class Session:
     tracker: Tracker
     mlperf: MLPerfLog
     read_ahead: ReadAhead
+    read_ahead_test: ReadAhead
     flags: dict
     progress: Progress
     last_saved: str | None = None
@@ -40,9 +41,14 @@ class Session:
     stop: bool = False
 
     def __post_init__(self):
+        self.test_freq = self.config.output.test_freq
+        if self.config.upstream_compat and self.config.data.source == "trace" and self.test_freq > 0:
+            self.console.note("note: --upstream-compat: upstream never tests on trace data, so --test-freq has no effect")
+            self.test_freq = 0
         self.progress.num_epochs = self.config.train.num_epochs
         self.progress.num_batches = self.data.train.num_batches
         self.progress.num_test_batches = self.data.test.num_batches
+        self.last_saved = self.config.output.load_model or None
 
     def fit(self) -> None:
         """Trains from `progress` on. A loss that is not finite is a UserError with the batch and the last good checkpoint."""
@@ -51,6 +57,8 @@ class Session:
         done = min(first_epoch * num_batches + first_batch, num_epochs * num_batches)
         self.meter = Meter(num_epochs * num_batches - done, count_wait=self.config.output.mlperf)
         self.trainer.meter.reset(self.progress.loss_sum, self.progress.loss_rows)
+        if 0 < num_epochs * num_batches == done:
+            self.console.note(f"nothing is left to train: the checkpoint stands at the end of --nepochs={num_epochs}; raise it to go on")
         self.console.start_bar(num_epochs * num_batches, done)
         try:
             for epoch in range(num_epochs):
@@ -85,7 +93,7 @@ class Session:
                 self.meter.finished(batch.num_valid)
                 done = progress.batch = index + 1
                 self.console.advance()
-                test = output.test_freq > 0 and (done % output.test_freq == 0 or done == num_batches)
+                test = self.test_freq > 0 and (done % self.test_freq == 0 or done == num_batches)
                 if test or done % output.print_freq == 0 or done == num_batches:
                     self.log(epoch, done)
                 elif done % CHECK_EVERY == 0:
@@ -138,7 +146,7 @@ class Session:
     def evaluate(self, step: int, epoch: int | None, forward=None) -> bool:
         """Tests, prints and records; returns whether this test is the best so far. Upstream forgets its best, so every test is."""
         progress, compat = self.progress, self.config.upstream_compat
-        batches = self.read_ahead(self.data.test.batches())
+        batches = self.read_ahead_test(self.data.test.batches())
         predictions, labels = predict(forward or self.trainer.forward, batches, self.trainer.backend)
         if epoch is not None and not math.isfinite(predictions.sum()):
             raise NotFiniteLoss(progress.batch, "a prediction in the test after batch {batch}")

@@ -86,7 +86,7 @@ def cli(capsys, tmp_path, monkeypatch):
 
 @pytest.fixture
 def cli_process(tmp_path):
-    """cli_process(*flags, device="cpu", before="", env=None) -> Outcome: a process of its own, about 2 s. `before`: Python to run there first."""
+    """cli_process(*flags, device="cpu", before="", env=None) -> Outcome: a process of its own, 2 to 4 s. before: Python to run there first."""
 
     def run(*flags: str, device: str | None = "cpu", before: str = "", env: dict | None = None, **options) -> Outcome:
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{before}\nimport run_dlrm; sys.exit(run_dlrm.main(sys.argv[1:]))"
@@ -99,8 +99,7 @@ def cli_process(tmp_path):
 
 
 def criteo_lines(num_rows: int, seed: int = 0) -> list[str]:
-    """Made-up rows in Criteo's format, about a tenth to a fifth of the cells empty; the first 703 of seed 0 are those that upstream's losses
-    were recorded on."""
+    """Made-up rows in Criteo's format, a tenth to a fifth of the cells empty; upstream's losses were recorded on the first 703 of seed 0."""
     rng = np.random.default_rng(seed)
 
     def count() -> str:

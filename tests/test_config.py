@@ -29,8 +29,8 @@ def config_file(tmp_path):
 
 
 def test_names_with_dashes_or_underscores(config_file):
-    args = flags.parse([config_file("mini-batch-size: 64\nlearning_rate: 0.5\nlocal_rank: -1\nlocal-rank-x: 1\n".replace("local-rank-x: 1\n", ""))])
-    assert (args.mini_batch_size, args.learning_rate, args.local_rank) == (64, 0.5, -1)
+    args = flags.parse([config_file("mini-batch-size: 64\nlearning_rate: 0.5\nlocal_rank: 2\n")])
+    assert (args.mini_batch_size, args.learning_rate, args.local_rank) == (64, 0.5, 2)
     assert flags.parse([config_file("local-rank: 3")]).local_rank == 3
 
 
@@ -113,6 +113,7 @@ def test_values_are_what_they_are_on_the_command_line(config_file, text, name, v
         ("nepochs: 2\n---\nnepochs: 3", "not YAML"),
         ("nepochs: *a", "not YAML"),
         (b"nepochs: \x00", "not YAML"),
+        ('save-model: "a\\0b"', "line 1: save-model holds a NUL character"),
         (b"\xff\xfenepochs", "cannot be read: not UTF-8 text"),
         (b"PK\x03\x04\x8f\x90", "cannot be read: not UTF-8 text"),
         ("[" * 5000, "not YAML"),
@@ -132,7 +133,7 @@ def test_a_file_that_is_not_there_or_no_file(cli, tmp_path):
     assert cli("--conf", "none.yaml").error == "--config=none.yaml: cannot be read: No such file or directory"
     assert cli(f"--config={tmp_path}").error.endswith("cannot be read: Is a directory")
     assert cli("--config=run_dlrm.yaml", "--config=b.yaml").error == "--config is given 2 times; one file is read, so put all flags into it"
-    assert "expected one argument" in cli(device="cpu", *["--nepochs=1", "--config"][1:]).error or True
+    assert "argument --config: expected one argument" in cli("--config", device=None).error
 
 
 def test_a_runs_config_gives_the_same_run_again(cli, tmp_path, criteo_file):
@@ -233,8 +234,8 @@ def test_a_flag_that_cannot_be_honoured_is_refused_with_the_reason(flag, reason)
 
 
 CHOICES = {
-    "loss-function": "hinge", "optimizer": "adam", "qr-operation": "sub", "rand-data-dist": "zipf", "data-randomize": "week", "data-set": "avazu",
-    "quantize-mlp-with-bit": "4", "quantize-emb-with-bit": "16",
+    "loss-function": "hinge", "optimizer": "adam", "qr-operation": "sub", "rand-data-dist": "zipf", "data-randomize": "week",
+    "data-set": "avazu", "quantize-mlp-with-bit": "4", "quantize-emb-with-bit": "16",
 }  # fmt: skip
 
 
@@ -276,6 +277,7 @@ def test_numbers_are_finite(name, value):
         ("--data-sub-sample-rate=1", "must be at least 0 and below 1"),
         ("--data-sub-sample-rate=-0.1", "must be at least 0 and below 1"),
         ("--max-ind-range=0", "must be -1 (no folding) or at least 1"),
+        ("--max-ind-range=4294967297", "ids have 32 bits"),
         ("--max-ind-range=-7", "must be -1 (no folding) or at least 1"),
         ("--test-mini-batch-size=0", "must be -1 (as --mini-batch-size) or at least 1"),
         ("--test-mini-batch-size=-2", "must be -1 (as --mini-batch-size) or at least 1"),
@@ -302,11 +304,13 @@ def test_a_batch_that_no_machine_holds():
 
 
 def test_everything_that_is_asked_for_is_in_the_config():
-    config = config_of(*SMALL, "--test-mini-batch-size=-1", "--use-tpu", "--weighted-pooling=anything", "--log-dir=a", "--tensor-board-filename=b")
+    config = config_of(*SMALL, "--use-tpu", "--weighted-pooling=anything", "--log-dir=a", "--tensor-board-filename=b")
     assert config.device == "xla" and config.model.weighted_pooling == "learned" and config.data.test_batch_size == 32
     assert (config.output.run_dir, config.output.tensorboard_dir) == ("a", "b")
     assert config_of(*SMALL, "--log-dir=a").output.tensorboard_dir == "a"
     assert config_of(*SMALL, "--tensor-board-filename=b").output.run_dir == "b"
     dataset = config_of(*CRITEO_MODEL, "--raw-data-file=x", "--arch-mlp-bot=5-16")
     assert dataset.model.bottom_layers == (13, 16) and dataset.data.table_rows == ()
+    assert config_of(*SMALL, "--num-workers=3").data.test_num_workers == 3
+    assert config_of(*SMALL, "--num-workers=3", "--test-num-workers=0").data.test_num_workers == 0
     assert config.to_json()["data"]["table_rows"] == (50, 20, 100, 3)

@@ -1,0 +1,290 @@
+"""Rows per second of whole training runs, step and data loading together: ours against upstream's dlrm_s_pytorch.py, taking turns.
+
+Bound: a sample of the Kaggle model costs 2.92 MFLOP of matrix products, forward and backward. The run measures how fast this machine multiplies
+matrices and states the time that a batch cannot go below (`floor_ms`: at the rate of a 2048 x 2048 x 2048 product; `products_ms`: the products
+of the model's own shapes one after the other, and nothing else).
+
+    python benchmarks/train_step.py --upstream PATH --raw FILE [--rounds 3] [--batch 128 2048] [--variants cpu,cpu-bf16,xla] [--out FILE]
+
+--upstream  a checkout of facebookresearch/dlrm; it is copied to a temporary folder and run from there, so nothing is written into it
+--raw       Criteo Kaggle's text, plain or gzip; processed once by our preprocessing, and read by both sides from the processed file
+
+One process at a time, both sides with the same flags and as many threads as PyTorch takes by itself. The clock runs from the line of a training
+batch after warm-up (so imports, reading, compiling are left out) to the last training line, as the lines arrive here; there is no test in
+between. AUC is of separate runs of one epoch with a test at the end. Ratios are of runs next to each other in time. The last line is JSON.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data_loaders.preprocess import PROCESSED_NAME, preprocess  # noqa: E402
+
+BOTTOM, TOP, WIDTH, TABLES = (13, 512, 256, 64, 16), (367, 512, 256, 1), 16, 26
+MODEL = (
+    "--arch-sparse-feature-size=16", "--arch-mlp-bot=13-512-256-64-16", "--arch-mlp-top=512-256-1", "--data-generation=dataset",
+    "--data-set=kaggle", "--loss-function=bce", "--round-targets=True", "--test-mini-batch-size=16384",
+)  # fmt: skip
+VARIANTS = {
+    "cpu": ("--device=cpu",),
+    "cpu-bf16": ("--device=cpu", "--matmul-precision=bfloat16"),
+    "xla": ("--device=xla",),
+    "xla-bf16": ("--device=xla", "--matmul-precision=bfloat16"),
+}
+OPTIMIZERS = {"sgd": ("--learning-rate=0.1",), "adagrad": ("--learning-rate=0.01", "--optimizer=adagrad")}
+TRAIN_LINE = re.compile(r"Finished training it (\d+)/(\d+) of epoch (\d+),")
+AUC = re.compile(r"\bauc ([01]\.\d+), best auc")
+MIN_BATCHES = 230  # timed runs have as many epochs as this takes
+
+
+@dataclass(frozen=True)
+class Data:
+    folder: Path
+    raw: Path
+    processed: Path
+    train_rows: int
+
+    def rows_until(self, batch_size: int, batches: int) -> int:
+        """Rows of the first `batches` batches of a run; the last batch of an epoch may be short."""
+        epochs, rest = divmod(batches, -(-self.train_rows // batch_size))
+        return epochs * self.train_rows + rest * batch_size
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def prepare(folder: Path, raw: Path) -> Data:
+    """Text and processed file side by side, where upstream looks for them."""
+    text = folder / "kaggle" / "train.txt"
+    text.parent.mkdir()
+    with (gzip.open if raw.suffix == ".gz" else open)(raw, "rb") as source, open(text, "wb") as target:
+        shutil.copyfileobj(source, target)
+    processed = text.parent / PROCESSED_NAME
+    preprocess(text, processed, max_ind_range=-1, sub_sample_rate=0.0, rng=np.random.RandomState(0), progress=False)
+    with np.load(processed) as arrays:
+        return Data(folder, text, processed, int(arrays["total_per_file"][:-1].sum()))
+
+
+def copy_upstream(checkout: Path, folder: Path) -> tuple[Path, str]:
+    """Its Python files in our folder, and its commit."""
+    if not (checkout / "dlrm_s_pytorch.py").is_file():
+        raise SystemExit(f"error: --upstream {checkout} holds no dlrm_s_pytorch.py")
+    target = folder / "upstream"
+    shutil.copytree(checkout, target, ignore=shutil.ignore_patterns(".git", "*.png", "*.log", "torchrec_dlrm"))
+    return target / "dlrm_s_pytorch.py", commit_of(checkout)
+
+
+def commit_of(checkout: Path) -> str:
+    done = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+@dataclass
+class Run:
+    """One process. lines: (batches done, seconds, CPU seconds of the process) of each training line; auc of the last test."""
+
+    lines: list[tuple[int, float, float]]
+    auc: float | None
+
+
+def execute(command: list[str], folder: Path) -> Run:
+    place = Path(tempfile.mkdtemp(dir=folder))
+    lines, auc = [], None
+    with open(place / "stderr", "w+") as errors:
+        process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1)
+        inside = psutil.Process(process.pid)
+        for line in process.stdout:
+            now = time.perf_counter()
+            if found := TRAIN_LINE.match(line):
+                done, num_batches, epoch = map(int, found.groups())
+                used = inside.cpu_times()
+                lines.append((epoch * num_batches + done, now, used.user + used.system))
+            elif found := AUC.search(line):
+                auc = float(found.group(1))
+        if process.wait() != 0:
+            errors.seek(0)
+            raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}:\n{errors.read()[-2000:]}")
+    shutil.rmtree(place)
+    return Run(lines, auc)
+
+
+class Bench:
+    def __init__(self, data: Data, upstream: Path):
+        self.data, self.upstream = data, upstream
+
+    def command(self, name: str, batch_size: int, optimizer: str, *more: str) -> list[str]:
+        paths = (f"--raw-data-file={self.data.raw}", f"--processed-data-file={self.data.processed}", f"--mini-batch-size={batch_size}")
+        program = (str(self.upstream),) if name == "upstream" else (str(ROOT / "run_dlrm.py"), "--log-dir=run", *VARIANTS[name])
+        return [sys.executable, *program, *MODEL, *paths, *OPTIMIZERS[optimizer], *more]
+
+    def speed(self, name: str, batch_size: int) -> dict:
+        """Rows per second, and the mean step of each window between two lines, in ms."""
+        warm_up = 50 if batch_size < 1000 else 20
+        every = 10 if batch_size < 1000 else 5
+        per_epoch = -(-self.data.train_rows // batch_size)
+        epochs = max(1, -(-MIN_BATCHES // per_epoch))
+        run = execute(self.command(name, batch_size, "sgd", f"--print-freq={every}", "--test-freq=0", f"--nepochs={epochs}"), self.data.folder)
+        timed = [line for line in run.lines if line[0] >= warm_up]
+        (first, start, cpu_start), (last, end, cpu_end) = timed[0], timed[-1]
+        rows = self.data.rows_until(batch_size, last) - self.data.rows_until(batch_size, first)
+        windows = [(b[1] - a[1]) / (b[0] - a[0]) * 1e3 for a, b in zip(timed[:-1], timed[1:], strict=True)]
+        return {
+            "rows_per_s": rows / (end - start),
+            "step_ms": (end - start) / (last - first) * 1e3,
+            "p95_ms": float(np.percentile(windows, 95)),
+            "cpu_ms": (cpu_end - cpu_start) / (last - first) * 1e3,
+        }
+
+    def auc(self, name: str, batch_size: int, optimizer: str) -> float:
+        """Of the test half after one epoch."""
+        per_epoch = -(-self.data.train_rows // batch_size)
+        flags = (f"--print-freq={per_epoch}", f"--test-freq={per_epoch}", "--mlperf-logging")
+        return execute(self.command(name, batch_size, optimizer, *flags), self.data.folder).auc
+
+
+def products(batch_size: int) -> list[tuple[int, int, int]]:
+    """(m, k, n) of every matrix product of the MLPs in a step; the inputs need no gradient. The interaction's small ones are left out."""
+    shapes = []
+    for sizes in (BOTTOM, TOP):
+        for layer, (k, n) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            shapes += [(batch_size, k, n), (n, batch_size, k)]
+            if sizes is TOP or layer:
+                shapes.append((batch_size, n, k))
+    return shapes
+
+
+def seconds_of_products(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> float:
+    """The least of some repeats of all of them in turn."""
+    pairs = [(torch.rand(m, k, dtype=dtype), torch.rand(k, n, dtype=dtype)) for m, k, n in shapes]
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        for left, right in pairs:
+            left @ right
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def bounds(batch_sizes: list[int]) -> dict:
+    """What the machine's matrix products allow, by data type and batch size."""
+    interaction = 3 * 2 * (TABLES + 1) ** 2 * WIDTH
+    found = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        rate = 2 * 2048**3 / seconds_of_products([(2048, 2048, 2048)], dtype)
+        found[name] = {"gflop_per_s": round(rate / 1e9, 1)}
+        for size in batch_sizes:
+            flops = sum(2 * m * k * n for m, k, n in products(size)) + size * interaction
+            found[name][str(size)] = {
+                "mflop_per_sample": round(flops / size / 1e6, 3),
+                "floor_ms": round(flops / rate * 1e3, 3),
+                "products_ms": round(seconds_of_products(products(size), dtype) * 1e3, 3),
+            }
+    return found
+
+
+def machine() -> dict:
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
+    try:
+        import torch_xla
+
+        xla = torch_xla.__version__
+    except ImportError:
+        xla = None
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torch_xla": xla, "numpy": np.__version__}
+    return {
+        "cpu": model, "cores": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9), "threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(), "kernel": os.uname().release, "versions": versions,
+    }  # fmt: skip
+
+
+def median(values: list[float]) -> float:
+    return float(statistics.median(values))
+
+
+def compare(bench: Bench, names: list[str], batch_size: int, rounds: int, optimizers: list[str]) -> dict:
+    """All variants in turn, `rounds` times; then their AUC."""
+    runs: dict[str, list[dict]] = {name: [] for name in names}
+    loads = []
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else names[::-1]:
+            loads.append(round(os.getloadavg()[0], 2))
+            figures = bench.speed(name, batch_size)
+            runs[name].append(figures)
+            say(
+                f"batch {batch_size}, round {number + 1}/{rounds}, {name}: {figures['rows_per_s']:,.0f} rows/s, {figures['step_ms']:.2f} ms "
+                f"a step, p95 {figures['p95_ms']:.2f}, CPU {figures['cpu_ms']:.2f} ms; load before {loads[-1]}"
+            )
+    results = {}
+    for name in names:
+        own = {key: round(median([run[key] for run in runs[name]]), 3) for key in runs[name][0]}
+        ratios = [ours["rows_per_s"] / theirs["rows_per_s"] for ours, theirs in zip(runs[name], runs["upstream"], strict=True)]
+        own["ratios"], own["ratio"] = [round(ratio, 3) for ratio in ratios], round(median(ratios), 3)
+        own["rows_per_s_of_rounds"] = [round(run["rows_per_s"]) for run in runs[name]]
+        own["auc"] = {}
+        results[name] = own
+    for optimizer in optimizers:
+        for name in names:
+            results[name]["auc"][optimizer] = bench.auc(name, batch_size, optimizer)
+            say(f"batch {batch_size}, {optimizer}, {name}: test AUC {results[name]['auc'][optimizer]:.4f}")
+    return {"variants": results, "load_average_before_runs": loads}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--upstream", type=Path, required=True, metavar="PATH", help="a checkout of facebookresearch/dlrm")
+    parser.add_argument("--raw", type=Path, required=True, metavar="FILE", help="Criteo Kaggle's text, plain or .gz")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, nargs="+", default=[128, 2048])
+    parser.add_argument("--variants", default="cpu,cpu-bf16,xla", help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--auc", default="sgd,adagrad", help="optimizers whose test AUC is compared; empty: none")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON here too")
+    args = parser.parse_args()
+    names = ["upstream", *args.variants.split(",")]
+    optimizers = [name for name in args.auc.split(",") if name]
+    if unknown := set(names[1:]) - set(VARIANTS) | set(optimizers) - set(OPTIMIZERS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        program, upstream_commit = copy_upstream(args.upstream, folder)
+        say("preparing the data")
+        data = prepare(folder, args.raw)
+        bench = Bench(data, program)
+        result = {
+            "benchmark": "train_step", "date": time.strftime("%Y-%m-%d"), "commit": commit_of(ROOT), "upstream_commit": upstream_commit,
+            "machine": machine(), "train_rows": data.train_rows, "rounds": args.rounds, "bounds": bounds(args.batch), "batch": {},
+        }  # fmt: skip
+        say(json.dumps(result["machine"]))
+        say(json.dumps(result["bounds"]))
+        for size in args.batch:
+            result["batch"][str(size)] = compare(bench, names, size, args.rounds, optimizers)
+    for size, block in result["batch"].items():
+        for name, own in block["variants"].items():
+            aucs = ", ".join(f"AUC {key} {value:.4f}" for key, value in own["auc"].items())
+            say(f"batch {size:>5}  {name:<10} {own['rows_per_s']:>9,.0f} rows/s  {own['step_ms']:>7.2f} ms  {own['ratio']:.2f}x upstream  {aucs}")
+    if args.out:
+        beside = args.out.with_name(args.out.name + ".tmp")
+        beside.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(beside, args.out)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
