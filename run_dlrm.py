@@ -46,7 +46,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     import numpy as np
     import torch
 
-    from compression.registry import create_tables
+    from compression.registry import create_tables, mixed_dimensions
     from data_loaders.open import open_dataset
     from data_loaders.prefetch import read_ahead
     from dlrm_xla import debug, onnx_export
@@ -98,7 +98,10 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
         for index, (rows, hotness) in enumerate(zip(table_rows, data.hotness, strict=True))
     ]
     if output.debug:
-        debug.print_architecture(console.line, config, table_rows)
+        widths = mixed_dimensions(specs, config.method) if config.method.kind == "md" else None
+        debug.print_architecture(console.line, config, table_rows, widths)
+        if compat and (config.data.source == "kaggle" or config.data.num_workers == 0):
+            torch.empty((), dtype=torch.int64).random_()  # upstream's loader draws a seed for each pass; QR and MD tables come after it
         debug.print_data(console.line, data.train, data.hotness)
     replay_torch = config.method.kind is not None or (compat and config.data.num_workers > 0)
     tables = EmbeddingCollection(create_tables(specs, config.method, rng, replay_torch, compat), config.model.weighted_pooling, backend.add_rows)

@@ -366,6 +366,7 @@ def resume(trainer: Trainer, loaded: Checkpoint, config: Config) -> Progress:
     if compat:
         trainer.first_rate = loaded.learning_rate
         progress.loss_sum = progress.loss_rows = 0.0
+        progress.best_accuracy, progress.best_auc = progress.test_accuracy, 0.0
     else:
         trainer.updates = progress.updates if loaded.exact else progress.updates // config.train.accumulate
     return progress

@@ -11,8 +11,10 @@ from dlrm_xla.config import Config
 from dlrm_xla.train import Trainer
 
 
-def print_architecture(line: Callable[[str], None], config: Config, table_rows: list[int]) -> None:
+def print_architecture(line: Callable[[str], None], config: Config, table_rows: list[int], widths: list[int] | None) -> None:
+    """widths: of each table with --md-flag."""
     model = config.model
+    dim = model.embedding_dim if widths is None else widths
     num_features = len(table_rows) + 1
     if model.interaction == "cat":
         num_interactions = num_features * model.feature_dim
@@ -31,8 +33,8 @@ def print_architecture(line: Callable[[str], None], config: Config, table_rows: 
     line("dense feature size")
     line(str(bottom[0]))
     line("sparse feature size")
-    line(str(model.embedding_dim))
-    line(f"# of embeddings (= # of sparse features) {len(rows)}, with dimensions {model.embedding_dim}x:")
+    line(str(dim))
+    line(f"# of embeddings (= # of sparse features) {len(rows)}, with dimensions {dim}x:")
     line(str(rows))
 
 

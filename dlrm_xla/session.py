@@ -53,6 +53,8 @@ class Session:
     def fit(self) -> None:
         """Trains from `progress` on. A loss that is not finite is a UserError with the batch and the last good checkpoint."""
         first_epoch, first_batch = self.progress.epoch, self.progress.batch
+        # upstream leaves out the batches before a checkpoint's in every epoch that follows (and never ends where the epoch is not the first)
+        skip_always = self.config.upstream_compat and first_epoch == 0
         num_batches, num_epochs = self.progress.num_batches, self.config.train.num_epochs
         done = min(first_epoch * num_batches + first_batch, num_epochs * num_batches)
         self.meter = Meter(num_epochs * num_batches - done, count_wait=self.config.output.mlperf)
@@ -64,12 +66,14 @@ class Session:
             for epoch in range(num_epochs):
                 self.mlperf.epoch_start(epoch)
                 if epoch >= first_epoch:
-                    self.epoch(epoch, first_batch if epoch == first_epoch else 0)
+                    self.epoch(epoch, first_batch if epoch == first_epoch or skip_always else 0)
                 self.mlperf.epoch_stop(epoch)
                 if self.stop:
                     break
         except NotFiniteLoss as error:
-            saved = f"the last good checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written (--save-model with --save-every N)"
+            saved = "no checkpoint was written (--save-model with --save-every N)"
+            if self.last_saved:
+                saved = f"the last good checkpoint is {self.last_saved}"
             raise UserError(f"epoch {self.progress.epoch}: {error}; {saved}; a lower --learning-rate or --lr-num-warmup-steps may help") from None
         finally:
             self.console.close_bar()
@@ -144,7 +148,8 @@ class Session:
             self.stop = True
 
     def evaluate(self, step: int, epoch: int | None, forward=None) -> bool:
-        """Tests, prints and records; returns whether this test is the best so far. Upstream forgets its best, so every test is."""
+        """Tests, prints and records; returns whether this test is the best so far. Upstream forgets its best: there a test is compared with
+        the checkpoint that was loaded, or with nothing."""
         progress, compat = self.progress, self.config.upstream_compat
         batches = self.read_ahead_test(self.data.test.batches())
         predictions, labels = predict(forward or self.trainer.forward, batches, self.trainer.backend)
@@ -153,7 +158,7 @@ class Session:
         self.metrics = metrics = evaluate_predictions(predictions, labels)
         figures = mlperf_metrics(predictions, labels) if self.config.output.mlperf else None
         accuracy, auc = metrics.accuracy, metrics.auc if figures is None else figures["roc_auc"]
-        best_accuracy, best_auc = (0.0, 0.0) if compat else (progress.best_accuracy, progress.best_auc)
+        best_accuracy, best_auc = progress.best_accuracy, progress.best_auc
         best = accuracy > best_accuracy if figures is None else auc > best_auc
         progress.test_accuracy, progress.test_auc = accuracy, auc
         shown_accuracy, shown_auc = max(best_accuracy, accuracy), max(best_auc, auc or 0.0)
@@ -162,7 +167,7 @@ class Session:
         if figures is None:
             self.console.accuracy(accuracy, shown_accuracy)
         else:
-            self.console.mlperf(figures, shown_auc, 0.0 if compat else shown_accuracy)
+            self.console.mlperf(figures, shown_auc, best_accuracy if compat else shown_accuracy)
         self.console.test_figures(metrics)
         self.tracker.test(step, epoch, metrics, figures)
         if epoch is not None and metrics.auc is not None and abs(metrics.auc - 0.5) < 0.005 and progress.batch == progress.num_batches:

@@ -476,6 +476,14 @@ def test_a_loss_that_is_no_number_stops_the_run(cli, tmp_path, loss, rate, freq)
         assert "no checkpoint was written" in outcome.error
 
 
+def test_weights_that_an_update_ruined_are_not_saved(cli, trained, tmp_path):
+    """The loss of the batch is finite, the weights after it are not: the next batch would show it, but the checkpoint comes first."""
+    (tmp_path / "m.pt").write_bytes(trained.read_bytes())
+    run = (*SMALL, "--loss-function=wbce", "--loss-weights=1e10-1e10", "--learning-rate=3e38", "--save-model=m.pt", "--save-every=1")
+    assert "after batch 1 a number in emb_l.0.weight is not a finite number; no checkpoint was written" in cli(*run).error
+    assert (tmp_path / "m.pt").read_bytes() == trained.read_bytes()
+
+
 def test_the_last_good_checkpoint_is_kept_and_named(cli, trained, tmp_path):
     """A run that goes wrong late: it goes on from a good checkpoint with a rate that ruins the weights."""
     content = torch.load(trained, weights_only=True)

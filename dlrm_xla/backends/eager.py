@@ -5,6 +5,7 @@ import platform
 import torch
 
 from dlrm_xla.backends.base import StepBatch
+from dlrm_xla.backends.memory import keep_freed_memory
 from dlrm_xla.batch import Batch
 from dlrm_xla.ops.rows import add_rows_scatter
 from dlrm_xla.specs import UserError
@@ -18,7 +19,9 @@ class EagerBackend:
             raise UserError("--device=cuda: this PyTorch sees no CUDA device; use --device=cpu, or --device=auto to take what there is")
         self.name = name
         self.device = torch.device(name)
-        if name == "cuda":
+        if name == "cpu":
+            keep_freed_memory()
+        else:
             torch.backends.cudnn.deterministic = True
         self.console = "Using 1 GPU(s)..." if name == "cuda" else "Using CPU..."
         self.description = torch.cuda.get_device_name() if name == "cuda" else platform.processor() or platform.machine()

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from dlrm_xla.backends.base import StepBatch
+from dlrm_xla.backends.memory import keep_freed_memory
 from dlrm_xla.batch import Batch
 from dlrm_xla.ops.rows import add_rows_index
 from dlrm_xla.specs import UserError
@@ -42,6 +43,8 @@ class XlaBackend:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"--device=xla: PJRT_DEVICE={os.environ.get('PJRT_DEVICE')} does not start ({reason}); set it to TPU or CPU") from None
         hardware = xm.xla_device_hw(self.device)
+        if hardware == "CPU":
+            keep_freed_memory()
         self.console = f"Using XLA:{hardware}..."
         self.description = f"XLA:{hardware}"
 

@@ -13,7 +13,7 @@ def mlp(sizes: tuple[int, ...], rng: np.random.RandomState, last: nn.Module) -> 
     """Linear and ReLU for each pair of sizes, with `last` after the final one. Parameters are called 0, 2, 4, ... as upstream's."""
     layers: list[nn.Module] = []
     for num_inputs, num_outputs in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [linear(rng, num_inputs, num_outputs), nn.ReLU()]
+        layers += [linear(rng, num_inputs, num_outputs), nn.ReLU(inplace=True)]
     layers[-1] = last
     return nn.Sequential(*layers)
 
@@ -32,7 +32,7 @@ class DLRM(nn.Module):
         num_features, dim = num_tables + 1, config.feature_dim
         self.interaction = DotInteraction(num_features, config.interaction_itself) if config.interaction == "dot" else None
         num_interactions = num_features * dim if self.interaction is None else self.interaction.num_pairs + dim
-        self.bot_l = mlp(config.bottom_layers, rng, nn.ReLU())
+        self.bot_l = mlp(config.bottom_layers, rng, nn.ReLU(inplace=True))
         self.top_l = mlp((num_interactions, *config.top_layers), rng, nn.Sigmoid())
 
     def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:

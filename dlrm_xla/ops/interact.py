@@ -20,7 +20,7 @@ class _LowerTriangle(torch.autograd.Function):
     def backward(ctx, grad):
         features, mirror, scale = ctx.saved_tensors
         batch, num_features, _ = features.shape
-        symmetric = grad.index_select(1, mirror) * scale
+        symmetric = grad.index_select(1, mirror).mul_(scale)
         return torch.bmm(symmetric.view(batch, num_features, num_features), features), None, None, None
 
 

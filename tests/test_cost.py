@@ -1,0 +1,121 @@
+"""What a training step costs does not grow with the tables: no operator makes, and no compiled program copies, anything of a table's size."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from compression.registry import create_tables
+from data_loaders.open import open_dataset
+from dlrm_xla import backends, flags
+from dlrm_xla.config import Config
+from dlrm_xla.embeddings import EmbeddingCollection
+from dlrm_xla.models.dlrm import DLRM
+from dlrm_xla.specs import TableSpec
+from dlrm_xla.train import Trainer
+
+ROWS = 50_021  # far above anything that a step of 8 samples has a right to: its largest tensor has 1,250 elements
+MODEL = (
+    "--arch-sparse-feature-size=4", f"--arch-embedding-size={ROWS}-{ROWS + 2}-7", "--arch-mlp-bot=5-8-4", "--arch-mlp-top=9-1", "--mini-batch-size=8",
+    "--num-batches=3", "--num-indices-per-lookup=3",
+)  # fmt: skip
+
+
+def make_trainer(device: str, optimizer: str, *more: str) -> tuple[Trainer, list]:
+    """A trainer, and its batches."""
+    config = Config.from_args(flags.parse([*MODEL, f"--device={device}", f"--optimizer={optimizer}", *more]))
+    backend, rng = backends.make(device), np.random.RandomState(1)
+    data = open_dataset(config, rng, lambda line: None)
+    specs = [TableSpec(f"emb_l.{i}", rows, 4, hotness) for i, (rows, hotness) in enumerate(zip(data.table_rows, data.hotness, strict=True))]
+    tables = EmbeddingCollection(create_tables(specs, config.method, rng, False, False), None, backend.add_rows).to(backend.device)
+    model = DLRM(config.model, len(specs), 0.0, rng).to(backend.device)
+    return Trainer(config, model, tables, backend), list(data.train.batches())
+
+
+class LargeTensors(TorchDispatchMode):
+    """Collects the operators that make a tensor of `limit` elements or more in memory of its own. Views and in-place results are not made."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit, self.found = limit, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.numel() >= self.limit and leaf.untyped_storage().data_ptr() not in known:
+                self.found.append(f"{func}: {tuple(leaf.shape)}")
+        return result
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rwsadagrad"])
+@pytest.mark.parametrize("method", [(), ("--qr-flag", "--qr-threshold=10", "--qr-collisions=2")])
+def test_no_operator_makes_a_tensor_as_long_as_a_table(optimizer, method):
+    trainer, batches = make_trainer("cpu", optimizer, *method)
+    assert max(store.num_rows for store in trainer.tables.stores) > ROWS // 2
+    with LargeTensors(limit=ROWS // 4) as seen:
+        for index, batch in enumerate(batches):
+            trainer.step(trainer.backend.to_device(batch), index, last_of_epoch=False)
+    assert seen.found == []
+
+
+def test_a_dense_gradient_would_be_seen():
+    """The check above, shown what it must find."""
+    table = torch.zeros(ROWS, 4, requires_grad=True)
+    with LargeTensors(limit=ROWS // 4) as seen:
+        torch.nn.functional.embedding(torch.tensor([1, 2]), table).sum().backward()
+        table.detach().mul_(2)
+        table.detach() * 2
+    assert len([name for name in seen.found if "embedding" in name]) >= 1
+    assert len([name for name in seen.found if "mul.Tensor" in name]) == 1
+    assert not any("mul_" in name for name in seen.found)
+
+
+STEP_ON_XLA = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_cost import make_trainer
+trainer, batches = make_trainer("xla", sys.argv[1])
+for index in range(2):
+    trainer.step(trainer.backend.to_device(batches[index]), index, last_of_epoch=False)
+trainer.backend.wait()
+"""
+COPIES = ("copy", "convert", "broadcast", "concatenate", "pad", "transpose", "select", "add", "multiply", "fusion")
+
+
+def table_sized(program: str, limit: int) -> dict[str, int]:
+    """How often each instruction of an optimized HLO text makes `limit` elements or more. Bare names: "fusion", "copy", "scatter", ..."""
+    counts: dict[str, int] = {}
+    for dims, name in re.findall(r"= (?:f32|s32|s64|f64|bf16|pred)\[([0-9,]*)\](?:\{[^}]*\})? ([a-z-]+)\(", program):
+        if dims and np.prod([int(dim) for dim in dims.split(",")], dtype=np.int64) >= limit:
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """programs(optimizer): the optimized HLO text of the training step on XLA, from a process of its own (XLA reads its flags once)."""
+    pytest.importorskip("torch_xla")
+
+    def dump(optimizer: str) -> str:
+        folder = tmp_path_factory.mktemp(optimizer)
+        tests = Path(__file__).resolve().parent
+        environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text", "PJRT_DEVICE": "CPU", "OMP_NUM_THREADS": "1"}
+        code = STEP_ON_XLA.format(root=str(tests.parent), tests=str(tests))
+        subprocess.run([sys.executable, "-c", code, optimizer], env=environment, check=True, capture_output=True, text=True)
+        texts = [path.read_text() for path in folder.glob("*after_optimizations.txt")]
+        return max(texts, key=len)
+
+    return dump
+
+
+if __name__ == "__main__":
+    pass

@@ -1,0 +1,141 @@
+"""Every table method against a dense float64 model of it: pooled vectors, and the gradients that reach rows and parameters."""
+
+import numpy as np
+import pytest
+import torch
+
+from compression.mixed_dim import MixedDimTable, dimensions
+from compression.qr import QRTable
+from compression.registry import METHODS
+from dlrm_xla.batch import slot_starts
+from dlrm_xla.embeddings import EmbeddingCollection, PlainTable
+from dlrm_xla.init import uniform_rows
+from dlrm_xla.ops.rows import add_rows_scatter
+from dlrm_xla.specs import TableSpec
+
+BATCH, DIM = 6, 4
+
+
+def make(kind, spec, rng):
+    if kind == "plain":
+        return PlainTable(spec, uniform_rows(rng, spec.num_embeddings, DIM, 1.0))
+    if kind == "md":
+        return MixedDimTable(spec, 2, rng)
+    if kind == "md-full":
+        return MixedDimTable(spec, DIM, rng)
+    operation, compat = kind.removeprefix("qr-").removesuffix("-compat"), kind.endswith("-compat")
+    return QRTable(spec, operation, 3, compat)
+
+
+KINDS = ["plain", "md", "md-full", "qr-mult", "qr-add", "qr-concat", "qr-mult-compat", "qr-concat-compat"]
+
+
+def dense_vectors(table, weights):
+    """[N, D] in float64 with autograd: the whole table that a method stands for. Pooling first is the caller's business."""
+    ids = torch.arange(table.spec.num_embeddings)
+    if isinstance(table, QRTable):
+        quotient, remainder = weights["weight_q"][ids // 3], weights["weight_r"][ids % 3]
+        return quotient, remainder
+    rows = weights.get("weight", weights.get("embs.weight"))
+    return (rows,)
+
+
+def combine_dense(table, parts, projection):
+    if isinstance(table, QRTable):
+        first, second = parts
+        return {"mult": first * second, "add": first + second}[table.operation] if table.operation != "concat" else torch.cat(parts, -1)
+    return parts[0] if projection is None else parts[0] @ projection.T
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sizes", [(1,), (7,), (97, 7, 97), (10_007, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lookup_and_gradients(kind, sizes, weighted):
+    torch.manual_seed(0)
+    rng = np.random.RandomState(0)
+    hotness = tuple(1 + index % 3 for index in range(len(sizes)))
+    specs = [TableSpec(f"emb_l.{index}", rows, DIM, hot) for index, (rows, hot) in enumerate(zip(sizes, hotness, strict=True))]
+    tables = [make(kind, spec, rng) for spec in specs]
+    initial = [{name: part.double().clone().requires_grad_() for name, part in table.parts.items()} for table in tables]
+    projections = [table.proj.weight.detach().double().clone().requires_grad_() if kind == "md" else None for table in tables]
+    collection = EmbeddingCollection(tables, None, add_rows_scatter)
+    starts = slot_starts(hotness)
+    ids = torch.cat([torch.from_numpy(rng.randint(0, rows, (BATCH, hot))) for rows, hot in zip(sizes, hotness, strict=True)], 1).int()
+    weights = torch.from_numpy(rng.rand(BATCH, starts[-1])).float() if weighted else None
+    lookup = collection.lookup(ids, weights)
+    expected = []
+    for index, table in enumerate(tables):
+        slots = slice(starts[index], starts[index + 1])
+        bag_weights = torch.ones(BATCH, hotness[index], dtype=torch.float64) if weights is None else weights[:, slots].double()
+        parts = [part[ids[:, slots].long()] for part in dense_vectors(table, initial[index])]
+        if kind.endswith("-compat"):  # upstream: each side pooled, then combined
+            parts = [(part * bag_weights[..., None]).sum(1) for part in parts]
+            expected.append(combine_dense(table, parts, None))
+        else:
+            expected.append((combine_dense(table, parts, projections[index]) * bag_weights[..., None]).sum(1))
+    expected = torch.stack(expected, 1)
+    torch.testing.assert_close(lookup.pooled.double(), expected, atol=1e-6, rtol=1e-5)
+    direction = torch.randn(expected.shape, dtype=torch.float64)
+    (expected * direction).sum().backward()
+    (lookup.pooled * direction.float()).sum().backward()
+    for index, segments in enumerate(collection.segments):
+        for segment in segments:
+            part = initial[index][segment.name.removeprefix(f"emb_l.{index}.")]
+            total = torch.zeros(collection.stores[segment.store].weight.shape, dtype=torch.float64)
+            total.index_add_(0, lookup.rows[segment.store], lookup.leaves[segment.store].grad.double())
+            torch.testing.assert_close(total[segment.start : segment.start + segment.num_rows], part.grad, atol=1e-5, rtol=1e-5)
+        if projections[index] is not None:
+            torch.testing.assert_close(tables[index].proj.weight.grad.double(), projections[index].grad, atol=1e-5, rtol=1e-5)
+
+
+def test_every_registered_method_is_tested():
+    assert {kind.split("-")[0] for kind in KINDS} - {"plain"} == set(METHODS)
+
+
+def test_learned_pooling_weights():
+    specs = [TableSpec("emb_l.0", 5, DIM, 2), TableSpec("emb_l.1", 9, DIM, 1)]
+    rng = np.random.RandomState(0)
+    collection = EmbeddingCollection([make("plain", spec, rng) for spec in specs], "learned", add_rows_scatter)
+    with torch.no_grad():
+        for weight in collection.v_W_l:
+            weight.copy_(torch.arange(1.0, len(weight) + 1))
+    ids = torch.tensor([[1, 4, 8]], dtype=torch.int32)
+    rows = collection.stores[0].weight
+    pooled = collection.lookup(ids, None).pooled
+    torch.testing.assert_close(pooled[0, 0], 2 * rows[1] + 5 * rows[4])
+    torch.testing.assert_close(pooled[0, 1], 9 * rows[5 + 8])
+    pooled.sum().backward()
+    assert collection.v_W_l[0].grad.nonzero().flatten().tolist() == [1, 4]
+
+
+def test_tables_of_one_width_share_a_store():
+    specs = [TableSpec(f"emb_l.{index}", 10 + index, DIM, 1) for index in range(3)]
+    collection = EmbeddingCollection([make("plain", spec, np.random.RandomState(0)) for spec in specs], None, add_rows_scatter)
+    assert [store.weight.shape for store in collection.stores] == [(33, DIM)]
+    assert [segments[0].start for segments in collection.segments] == [0, 10, 21]
+
+
+def test_quotients_of_large_ids_are_exact():
+    """Upstream divides in float32, which cannot hold ids above 2^24."""
+    big = torch.tensor([2**24 * 4 + 1, 2**24 * 4 - 1])
+    table = QRTable(TableSpec("emb_l.0", 100, DIM), "add", 4, False)
+    assert table.row_ids(big)[0].tolist() == [2**24, 2**24 - 1]
+    table.through_float = True
+    assert table.row_ids(big)[0].tolist() != [2**24, 2**24 - 1]
+
+
+@pytest.mark.parametrize("operation", ["mult", "add", "concat"])
+def test_qr_starts_symmetric_with_the_spread_of_a_plain_table(operation):
+    torch.manual_seed(0)
+    rows = 10_000
+    table = QRTable(TableSpec("emb_l.0", rows, 64), operation, 100, False)
+    quotient, remainder = table.parts["weight_q"], table.parts["weight_r"]
+    vectors = table.combine((quotient[torch.arange(rows) // 100], remainder[torch.arange(rows) % 100]))
+    assert vectors.std().item() == pytest.approx((1 / (3 * rows)) ** 0.5, rel=0.05)
+    assert abs(vectors.mean().item()) < 0.05 * vectors.std().item()
+
+
+def test_mixed_dimensions_by_hand():
+    """lambda = 16 * 10^0.5; d = lambda / sqrt(n): 16, 5.06, 1.6, and at least 1."""
+    assert dimensions([1000, 10, 100, 10**7], 0.5, 16, False) == [2, 16, 5, 1]
+    assert dimensions([1000, 10, 100, 10**7], 0.5, 16, True) == [2, 16, 4, 1]
