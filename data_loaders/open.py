@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-
 from data_loaders.random_data import RandomDataSpec, RandomSplit, WorkerRandomSplit
 from dlrm_xla.batch import Dataset, Split
 from dlrm_xla.config import Config

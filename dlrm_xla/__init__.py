@@ -2,8 +2,9 @@
 
 # Python 3.14 owns a package called `compression`, and gzip imports from it. Ours therefore has no __init__.py and is found
 # by extending the path of whichever of the two is imported.
-import compression
 from pathlib import Path
+
+import compression
 
 _FOLDER = str(Path(__file__).resolve().parent.parent / "compression")
 if _FOLDER not in list(compression.__path__):

@@ -310,10 +310,17 @@ def _group_rate(optimizer: dict | None) -> float | None:
 
 
 def _optimizer_state(trainer: Trainer, parts: list) -> dict:
-    """What torch's optimizer over dlrm.parameters(), or upstream's RWSAdagrad, would save."""
+    """What torch's optimizer over dlrm.parameters(), or upstream's RWSAdagrad, would save.
+
+    In debug mode upstream's optimizer has three groups, for tables, bottom and top MLP, and leaves learned pooling weights out.
+    """
     rule, rate = trainer.rule.name, trainer.next_rate()
+    groups = [[name for name, _, _ in parts]]
+    if trainer.config.upstream_compat and trainer.config.output.debug:
+        groups = [[name for name in groups[0] if name.startswith(prefix)] for prefix in ("emb_l.", "bot_l.", "top_l.")]
+    order = {name: index for index, name in enumerate(name for group in groups for name in group)}
     states = {}
-    for index, (_, _, state) in enumerate(parts):
+    for index, state in ((order[name], state) for name, _, state in parts if name in order):
         if rule == "adagrad":
             states[index] = {"step": torch.tensor(float(trainer.updates)), **{key: value.clone() for key, value in state.items()}}
         elif rule == "rwsadagrad":
@@ -322,7 +329,8 @@ def _optimizer_state(trainer: Trainer, parts: list) -> dict:
         group = {"lr": rate, "lr_decay": 0.0, "eps": 1e-10, "weight_decay": 0.0, "initial_accumulator_value": 0.0}
     else:
         group = _TORCH_GROUPS[rule]([torch.nn.Parameter(torch.zeros(1))], lr=rate).state_dict()["param_groups"][0]
-    return {"state": states, "param_groups": [{**group, "initial_lr": trainer.config.train.learning_rate, "params": list(range(len(parts)))}]}
+    group["initial_lr"] = trainer.config.train.learning_rate
+    return {"state": states, "param_groups": [{**group, "params": [order[name] for name in names]} for names in groups]}
 
 
 def _matched_states(trainer: Trainer, checkpoint: Checkpoint, parts: list) -> list[dict[str, Tensor]]:

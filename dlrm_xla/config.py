@@ -240,6 +240,7 @@ def check_choices(args) -> None:
 
 
 def check_numbers(args) -> None:
+    group = max(args.mlperf_grad_accum_iter, 1)
     at_least = (
         ("mini-batch-size", 1), ("data-size", 1), ("nepochs", 0), ("print-freq", 1), ("num-indices-per-lookup", 1), ("num-workers", 0),
         ("num-batches", 0), ("qr-collisions", 1), ("mlperf-grad-accum-iter", 1), ("lr-num-warmup-steps", 0), ("lr-decay-start-step", 0),
@@ -287,6 +288,12 @@ def check_numbers(args) -> None:
         (
             args.mlperf_grad_accum_iter > 1 and not args.mlperf_logging,
             f"--mlperf-grad-accum-iter={args.mlperf_grad_accum_iter}: works with --mlperf-logging only; add it",
+        ),
+        (
+            # a checkpoint inside a group would lose the gradients that wait for the group's step
+            args.save_model != "" and not args.upstream_compat and (args.save_every % group or max(args.test_freq, 0) % group),
+            f"--mlperf-grad-accum-iter={group} with --save-model needs --test-freq={args.test_freq} and --save-every={args.save_every} "
+            f"to be multiples of {group}: gradients that wait for a step are not saved",
         ),
         (args.mlperf_acc_threshold > 0 and not args.mlperf_logging, "--mlperf-acc-threshold works with --mlperf-logging only; add it"),
         (args.mlperf_auc_threshold > 0 and not args.mlperf_logging, "--mlperf-auc-threshold works with --mlperf-logging only; add it"),

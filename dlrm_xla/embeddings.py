@@ -130,7 +130,7 @@ class EmbeddingCollection(nn.Module):
         values = [leaf.view(batch, -1, leaf.shape[1]) for leaf in leaves]
         pooled = []
         for run, run_places in zip(self.runs, places, strict=True):
-            parts = [values[store] if width == values[store].shape[1] else values[store].narrow(1, column, width) for store, column, width in run_places]
+            parts = [values[store].narrow(1, column, width) for store, column, width in run_places]
             pooled.append(self._pool_run(run, parts, ids, weights))
         return Lookup(pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1), rows, leaves)
 

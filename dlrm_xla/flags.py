@@ -243,3 +243,19 @@ def upstream_values(values: dict) -> dict:
         if chosen[name] < 0:
             chosen[name] = chosen[other]
     return chosen
+
+
+def markdown_table() -> str:
+    """The flags as README shows them: python -m dlrm_xla.flags"""
+    lines = ["| flag | default | of | meaning |", "|---|---|---|---|"]
+    for group in build_parser()._action_groups:
+        title = group.title or ""
+        origin = "upstream" if "(upstream)" in title else "TPU port" if "port" in title else "ours" if "dlrm_xla" in title else None
+        for action in group._group_actions if origin else ():
+            default = {False: "off", True: "on", None: "", "": ""}.get(action.default, f"`{action.default}`")
+            lines.append(f"| `{action.option_strings[0]}` | {default} | {origin} | {action.help} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

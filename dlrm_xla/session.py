@@ -47,6 +47,9 @@ class Session:
             self.test_freq = 0
         self.progress.num_epochs = self.config.train.num_epochs
         self.progress.num_batches = self.data.train.num_batches
+        if self.config.upstream_compat and self.config.data.num_batches > 0:
+            # where the data ends sooner, upstream still waits for that last batch: no log line and no test at an epoch's end
+            self.progress.num_batches = self.config.data.num_batches
         self.progress.num_test_batches = self.data.test.num_batches
         self.last_saved = self.config.output.load_model or None
 

@@ -1,13 +1,17 @@
 """What several tests share: the command line in this process or in one of its own, and Criteo-format files, made up or real."""
 
+import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pytest
+# two workers of two spinning threads each on two cores take ten times as long as two of one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_CRITEO = ROOT.parent / "shared" / "data" / "criteo_kaggle_137k" / "train.txt.gz"

@@ -88,34 +88,43 @@ for index in range(2):
     trainer.step(trainer.backend.to_device(batches[index]), index, last_of_epoch=False)
 trainer.backend.wait()
 """
-COPIES = ("copy", "convert", "broadcast", "concatenate", "pad", "transpose", "select", "add", "multiply", "fusion")
+# in-place updates, and what merely names a value or wraps others: a fusion's and a call's instructions stand in the text too
+FREE = {"parameter", "scatter", "fusion", "call", "get-tuple-element", "tuple", "bitcast"}
 
 
-def table_sized(program: str, limit: int) -> dict[str, int]:
-    """How often each instruction of an optimized HLO text makes `limit` elements or more. Bare names: "fusion", "copy", "scatter", ..."""
-    counts: dict[str, int] = {}
-    for dims, name in re.findall(r"= (?:f32|s32|s64|f64|bf16|pred)\[([0-9,]*)\](?:\{[^}]*\})? ([a-z-]+)\(", program):
-        if dims and np.prod([int(dim) for dim in dims.split(",")], dtype=np.int64) >= limit:
-            counts[name] = counts.get(name, 0) + 1
-    return counts
+def large_instructions(program: str, limit: int) -> set[str]:
+    """Names of the instructions of an HLO text that make `limit` elements or more: "copy", "convert", "broadcast", "scatter", ..."""
+    found = re.findall(r"= \w+\[([0-9,]+)\]\S* ([a-z-]+)\(", program)
+    return {name for dims, name in found if np.prod([int(dim) for dim in dims.split(",")], dtype=np.int64) >= limit}
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """programs(optimizer): the optimized HLO text of the training step on XLA, from a process of its own (XLA reads its flags once)."""
+def step_program(optimizer: str, folder: Path) -> str:
+    """The optimized HLO text of the training step, from a process of its own: XLA reads its flags once."""
+    tests = Path(__file__).resolve().parent
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text", "PJRT_DEVICE": "CPU", "OMP_NUM_THREADS": "1"}
+    code = STEP_ON_XLA.format(root=str(tests.parent), tests=str(tests))
+    subprocess.run([sys.executable, "-c", code, optimizer], env=environment, check=True, capture_output=True, text=True)
+    programs = [path.read_text() for path in folder.glob("*cpu_after_optimizations.txt")]
+    return max(programs, key=len)  # the other one, where there is one, sets the optimizer's state to zero
+
+
+COPIES = "XLA's CPU compiler copies the table where a rule keeps a second matrix of its shape; row-wise Adagrad keeps a vector"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rwsadagrad", pytest.param("adagrad", marks=pytest.mark.xfail(strict=True, reason=COPIES))])
+def test_the_compiled_step_copies_no_table(optimizer, tmp_path):
+    """Tables and their state are donated to the program and updated in place; nothing else has their size."""
     pytest.importorskip("torch_xla")
-
-    def dump(optimizer: str) -> str:
-        folder = tmp_path_factory.mktemp(optimizer)
-        tests = Path(__file__).resolve().parent
-        environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text", "PJRT_DEVICE": "CPU", "OMP_NUM_THREADS": "1"}
-        code = STEP_ON_XLA.format(root=str(tests.parent), tests=str(tests))
-        subprocess.run([sys.executable, "-c", code, optimizer], env=environment, check=True, capture_output=True, text=True)
-        texts = [path.read_text() for path in folder.glob("*after_optimizations.txt")]
-        return max(texts, key=len)
-
-    return dump
+    program = step_program(optimizer, tmp_path)
+    header, entry = program.splitlines()[0], program[program.index("\nENTRY ") :]
+    tables = re.findall(rf"= \w+\[(?:{2 * ROWS + 9})[,\]]\S* parameter\((\d+)\)", entry)
+    assert len(tables) == {"sgd": 1, "rwsadagrad": 3, "adagrad": 3}[optimizer], "weights, state and scratch"
+    donated = set(re.findall(r"\((\d+), \{\}, may-alias\)", header))
+    assert set(tables) <= donated
+    assert large_instructions(program, limit=ROWS // 4) - FREE == set()
 
 
-if __name__ == "__main__":
-    pass
+def test_a_copy_would_be_seen():
+    """The reading of HLO, shown what it must find."""
+    text = "%p3.15 = f32[100051,4]{1,0} parameter(3)\n  %copy.23 = f32[100051,4]{1,0} copy(%p3.15)\n  ROOT %a = f32[8]{0} add(%b, %c)\n"
+    assert large_instructions(text, limit=ROWS // 4) == {"parameter", "copy"}

@@ -50,7 +50,8 @@ def test_row_rules(name, add_rows):
     for rows, grads in draws():
         store.update(torch.from_numpy(rows), torch.from_numpy(grads).float(), rule, torch.tensor(-0.01))
     expected = rows_in_float64(name, weight, 0.01)
-    np.testing.assert_allclose(store.weight.numpy(), expected, atol=1e-6)
+    # float32 adds up to 67 gradients of size 1 to a row in each of 20 steps
+    np.testing.assert_allclose(store.weight.numpy(), expected, atol=2e-6)
     np.testing.assert_array_equal(store.weight[-1].numpy(), weight[-1])  # a zero gradient changes nothing
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import SMALL
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "upstream_losses.json").read_text())
 TRACE = "1, 2, 3, 4, 5, 6\n0, 1, 3, 4, 5\n0.55, 0.64, 0.82, 0.91, 1.0\n"
@@ -75,8 +76,7 @@ def test_criteo_losses(cli, criteo_file, name, compat, device):
 @pytest.mark.parametrize("device", ["cpu", "xla"])
 def test_resume_from_batch_4(cli, device):
     """A checkpoint of the first four batches, and the eight losses after it."""
-    common = "--arch-sparse-feature-size=8 --arch-embedding-size=50-20-100-3 --arch-mlp-bot=5-16-8 --arch-mlp-top=16-8-1 --mini-batch-size=32 --learning-rate=0.1 --loss-function=bce --round-targets=True"
-    assert cli(*common.split(), "--num-batches=4", "--test-freq=4", "--save-model=m.pt", device=device).code == 0
-    outcome = cli(*common.split(), "--num-batches=12", "--load-model=m.pt", device=device)
+    assert cli(*SMALL, "--num-batches=4", "--test-freq=4", "--save-model=m.pt", device=device).code == 0
+    outcome = cli(*SMALL, "--num-batches=12", "--load-model=m.pt", device=device)
     assert_losses(outcome, "resume_from_batch4", TOLERANCE[device])
     assert len(outcome.losses) == 8

@@ -19,8 +19,8 @@ def records(folder: str) -> list[dict]:
 def test_nothing_compiles_after_warm_up(cli, optimizer, method):
     """Two epochs of random bag lengths with tests, a learning rate that changes at every step, and a short last batch."""
     outcome = cli(
-        *SMALL, "--num-batches=0", "--data-size=300", "--nepochs=2", "--print-freq=1", "--test-freq=5", f"--optimizer={optimizer}", *method, *SCHEDULE,
-        "--log-dir=run", device="xla",
+        *SMALL, "--num-batches=0", "--data-size=300", "--nepochs=2", "--print-freq=1", "--test-freq=5", f"--optimizer={optimizer}",
+        *method, *SCHEDULE, "--log-dir=run", device="xla",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     rows = records("run")

@@ -4,8 +4,6 @@ import os
 import platform
 import sys
 
-import torch
-
 from dlrm_xla.backends.base import StepBatch
 from dlrm_xla.backends.memory import keep_freed_memory
 from dlrm_xla.batch import Batch
