@@ -1,8 +1,9 @@
 """Criteo Kaggle as mini-batches: opens the raw or the processed file, splits it into train and test as upstream does, gathers batches.
 
 Differs from upstream: rows stay in one packed int32 array and a batch is one gather (upstream keeps lists of arrays and builds tensors from
-lists, 1.2 ms per 128 rows); the file is read once for both halves; a processed file made with other flags, or from another raw file, is
-refused; the place that --processed-data-file names is also the place that is written.
+lists, 1.2 ms per 128 rows); the file is read once for both halves; with --memory-map the same file is read, not a second set of files; a
+processed file made with other flags, or from another raw file, is refused; the place that --processed-data-file names is also the place
+that is written.
 """
 
 import json
@@ -13,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_loaders.criteo_map import MappedRows, map_npz
 from data_loaders.criteo_npz import DAMAGE, Processed, RawFingerprint, cause, read_array, read_npz
 from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
 from data_loaders.preprocess import DAYS, PROCESSED_NAME, day_count_file, preprocess, split_days
+from data_loaders.reorder import MappedOrder, OrderKey, order_file, stored_order
 from dlrm_xla.batch import Batch, pad_rows
 from dlrm_xla.specs import UserError
 
@@ -27,8 +30,8 @@ class CriteoSplit:
 
     def __init__(
         self,
-        packed: torch.Tensor,
-        order: torch.Tensor | None,
+        packed: torch.Tensor | MappedRows,
+        order: torch.Tensor | MappedOrder | None,
         *,
         first: int = 0,
         num_rows: int,
@@ -94,6 +97,8 @@ def open_criteo(
     progress: bool,
     print_line: Callable[[str], None],
     upstream_compat: bool = False,
+    memory_map: bool = False,
+    seed: int = 0,
 ) -> CriteoDataset:
     """The data set of upstream's flags of the same names; preprocesses first where the processed file does not exist.
 
@@ -101,6 +106,9 @@ def open_criteo(
     preprocess_rng  the sub-sampling's stream, used only where preprocessing runs
     print_line      gets upstream's stdout lines, in its order
     upstream_compat ids of a file made without --max-ind-range are folded by modulo while reading; otherwise it is refused
+    memory_map      rows stay in the file and so does the train order (data_loaders.reorder). Where that is not there it is drawn: from a
+                    stream of its own that starts at `seed`, or, with upstream_compat, from the run's
+    seed            of the run; the stored order holds for one seed
     Raises UserError for whatever is wrong with the flags or with the files.
     """
     if data_set != "kaggle":
@@ -122,9 +130,9 @@ def open_criteo(
         preprocess(raw, path, **flags, rng=preprocess_rng, progress=progress)
     # Upstream looks only where the flag says: without the flag it goes by the raw file every time
     again = f"Reading pre-processed data={processed_data_file}" if processed_data_file else f"Reading raw data={raw_data_file}"
-    if ready:
+    if ready and not memory_map:
         print_line(again)
-    data = read_npz(path)
+    data = map_npz(path) if memory_map else read_npz(path)
     if data.meta is not None:
         _check_meta(data, path, raw, max_ind_range, sub_sample_rate)
     elif 0 < max_ind_range < data.counts.max() and not upstream_compat:
@@ -133,7 +141,7 @@ def open_criteo(
             "delete it, choose another --processed-data-file, or fold its ids with --upstream-compat"
         )
     total_per_file = _rows_of_days(data, path, raw)
-    packed = torch.from_numpy(data.packed)
+    packed = data.packed if memory_map else torch.from_numpy(data.packed)
     num_train, num_last = int(total_per_file[:-1].sum()), int(total_per_file[-1])
     if num_train == 0 or num_last == 0:
         raise UserError(
@@ -141,20 +149,25 @@ def open_criteo(
         )
     fold = max_ind_range if 0 < max_ind_range < data.counts.max() else -1  # ids below max_ind_range are their own remainder
 
-    def announce_and_draw(half: str) -> torch.Tensor | None:
-        print_line(f"Sparse fea = {NUM_SPARSE}, Dense fea = {NUM_DENSE}")
+    if memory_map:
+        order, drawn = stored_order(
+            order_file(path),
+            OrderKey(seed, data_randomize, tuple(total_per_file.tolist())),
+            rng if upstream_compat else None,
+            made_now=not ready,
+            sampled_rows=data.meta.raw_rows if data.meta is not None and sub_sample_rate > 0 else 0,
+        )
+        again = f"Reading pre-processed data={processed_data_file}"
+        if ready:
+            print_line(f"Reading raw data={raw_data_file}" if drawn and raw is not None else again)
+        announce = [f"Sparse features= {NUM_SPARSE}, Dense features= {NUM_DENSE}"]
+        halves = announce, announce
+    else:
         order = _train_order(total_per_file, data_randomize, rng)
-        if data_randomize == "day":
-            print_line("Randomized indices per day ...")
-        print_line(f"Defined {half} indices...")
-        if data_randomize == "total":
-            print_line("Randomized indices across days ...")
-        print_line("Split data according to indices...")
-        return order
-
-    order = announce_and_draw("train")
-    print_line(again)
-    announce_and_draw("test")
+        _train_order(total_per_file, data_randomize, rng)  # upstream's test half draws it too
+        halves = _half_lines("train", data_randomize), _half_lines("test", data_randomize)
+    for line in (*halves[0], again, *halves[1]):
+        print_line(line)
     train = CriteoSplit(
         packed, order, num_rows=num_train, batch_size=batch_size, max_ind_range=fold, drop_last=drop_last, num_batches=num_batches
     )
@@ -176,6 +189,16 @@ def _train_order(total_per_file: np.ndarray, data_randomize: str, rng: np.random
         days = [rng.permutation(np.arange(end - rows, end)) for rows, end in zip(total_per_file[:-1], ends[:-1], strict=True)]
         return torch.from_numpy(np.concatenate(days))
     return None
+
+
+def _half_lines(half: str, data_randomize: str) -> list[str]:
+    """What upstream prints of one half of data in memory."""
+    lines = [f"Sparse fea = {NUM_SPARSE}, Dense fea = {NUM_DENSE}", f"Defined {half} indices...", "Split data according to indices..."]
+    if data_randomize == "day":
+        lines.insert(1, "Randomized indices per day ...")
+    if data_randomize == "total":
+        lines.insert(2, "Randomized indices across days ...")
+    return lines
 
 
 def _check_meta(data: Processed, path: Path, raw: Path | None, max_ind_range: int, sub_sample_rate: float) -> None:

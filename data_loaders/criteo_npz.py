@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -62,12 +62,13 @@ class RawFingerprint:
 
 @dataclass(frozen=True)
 class Meta:
-    """What a processed file was made from and with."""
+    """What a processed file was made from and with. raw_rows: rows of the raw file, the ones that sub-sampling left out included."""
 
     max_ind_range: int
     sub_sample_rate: float
     days: int
     raw: RawFingerprint
+    raw_rows: int = 0
     format: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -85,9 +86,15 @@ class Meta:
 
 @dataclass
 class Processed:
-    """A processed file in memory: packed [n, 40] int32 = y | 13 counts | 26 ids; counts [26] distinct ids; rows of each day, or None."""
+    """A processed file.
 
-    packed: np.ndarray
+    packed          [n, 40] int32 = y | 13 counts | 26 ids, in memory; or criteo_map.MappedRows, which stands for it
+    counts          [26] distinct ids
+    total_per_file  [7] rows of each day, or None
+    meta            None where the file is upstream's
+    """
+
+    packed: Any
     counts: np.ndarray
     total_per_file: np.ndarray | None
     meta: Meta | None
@@ -159,7 +166,7 @@ def read_npz(path: Path) -> Processed:
     except UserError:
         raise
     except DAMAGE as error:
-        raise UserError(f"{path}: damaged, or not a processed Criteo file ({cause(error)}); {_way_out(path)}") from None
+        raise UserError(f"{path}: damaged, or not a processed Criteo file ({cause(error)}); {way_out(path)}") from None
 
 
 def read_array(path: Path, name: str) -> np.ndarray:
@@ -169,17 +176,11 @@ def read_array(path: Path, name: str) -> np.ndarray:
 
 
 def _read(archive: zipfile.ZipFile, path: Path) -> Processed:
-    members = {name.removesuffix(".npy") for name in archive.namelist()}
-    for name in ("X_cat", "X_int", "y", "counts"):
-        if name not in members:
-            raise KeyError(name)
-    counts = _read_small(archive, "counts")
-    if counts.shape != (NUM_SPARSE,) or counts.dtype.kind not in "iu" or (counts < 1).any():
-        raise UserError(f"{path}: counts is not {NUM_SPARSE} whole numbers above 0; {_way_out(path)}")
+    counts = read_counts(archive, path)
     with archive.open("y.npy") as member:
-        shape = _header(member)[0]
+        shape = read_header(member)[0]
     if len(shape) != 1 or shape[0] < 1:
-        raise UserError(f"{path}: y has shape {shape}, not [rows]; {_way_out(path)}")
+        raise UserError(f"{path}: y has shape {shape}, not [rows]; {way_out(path)}")
     n = shape[0]
     packed = np.empty((n, 1 + NUM_DENSE + NUM_SPARSE), dtype=np.int32)
     first = 0
@@ -187,18 +188,42 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Processed:
         limits = counts if name == "X_cat" else np.full(width, 2 if name == "y" else 2**31)
         _read_into(archive, name, packed[:, first : first + width], limits.astype(np.int64), path)
         first += width
-    meta = Meta.from_json(str(_read_small(archive, "meta"))) if "meta" in members else None
-    total = _read_small(archive, "total_per_file") if "total_per_file" in members else None
-    return Processed(packed, counts.astype(np.int64), total, meta)
+    return Processed(packed, counts, *read_rest(archive))
 
 
-def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def read_counts(archive: zipfile.ZipFile, path: Path) -> np.ndarray:
+    """[26] int64. Raises KeyError where one of the arrays is missing, UserError where the counts are not counts."""
+    members = _members(archive)
+    for name in ("X_cat", "X_int", "y", "counts"):
+        if name not in members:
+            raise KeyError(name)
+    counts = read_small(archive, "counts")
+    if counts.shape != (NUM_SPARSE,) or counts.dtype.kind not in "iu" or (counts < 1).any():
+        raise UserError(f"{path}: counts is not {NUM_SPARSE} whole numbers above 0; {way_out(path)}")
+    return counts.astype(np.int64)
+
+
+def read_rest(archive: zipfile.ZipFile) -> tuple[np.ndarray | None, Meta | None]:
+    """total_per_file and meta, which upstream's file lacks. Raises one of DAMAGE."""
+    members = _members(archive)
+    total = read_small(archive, "total_per_file") if "total_per_file" in members else None
+    meta = Meta.from_json(str(read_small(archive, "meta"))) if "meta" in members else None
+    return total, meta
+
+
+def _members(archive: zipfile.ZipFile) -> set[str]:
+    return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is stored column after column, type."""
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(member)
 
 
-def _read_small(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def read_small(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array, as a copy."""
     with archive.open(f"{name}.npy") as member:
         return np.lib.format.read_array(member, allow_pickle=False)
 
@@ -206,9 +231,9 @@ def _read_small(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 def _read_into(archive: zipfile.ZipFile, name: str, out: np.ndarray, limits: np.ndarray, path: Path) -> None:
     """Array `name` to out [n, width] int32, in pieces; a column's values must be whole numbers from 0 to its limit - 1."""
     with archive.open(f"{name}.npy") as member:
-        shape, by_column, dtype = _header(member)
+        shape, by_column, dtype = read_header(member)
         if shape != (out.shape if name != "y" else out.shape[:1]) or dtype.kind not in "iuf":
-            raise UserError(f"{path}: {name} is {dtype} {list(shape)}, not whole numbers {list(out.shape)}; {_way_out(path)}")
+            raise UserError(f"{path}: {name} is {dtype} {list(shape)}, not whole numbers {list(out.shape)}; {way_out(path)}")
         # upstream's X_cat is stored column after column: the same loop with rows and columns swapped
         target = out.T if by_column else out
         step = 1 if by_column else _CHUNK_ROWS
@@ -219,7 +244,7 @@ def _read_into(archive: zipfile.ZipFile, name: str, out: np.ndarray, limits: np.
             limit = limits[start] if by_column else limits
             if not ((values >= 0) & (values < limit)).all() or (dtype.kind == "f" and (values != np.floor(values)).any()):
                 rule = {"y": "0 or 1", "X_int": "from 0", "X_cat": "from 0 to its column's count - 1"}[name]
-                raise UserError(f"{path}: {name} holds a value that is not a whole number {rule}; {_way_out(path)}")
+                raise UserError(f"{path}: {name} holds a value that is not a whole number {rule}; {way_out(path)}")
             piece[:] = values
         if member.read(1):  # reading to the end also checks the checksum
             raise ValueError(f"{name} is longer than its header says")
@@ -231,5 +256,6 @@ def cause(error: BaseException) -> str:
     return " ".join(text.split())[:200]
 
 
-def _way_out(path: Path) -> str:
+def way_out(path: Path) -> str:
+    """What to do about a processed file that is of no use."""
     return f"delete {path.name} to have it made again, or name another --processed-data-file"

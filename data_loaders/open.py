@@ -51,6 +51,8 @@ def open_dataset(config: Config, rng: np.random.RandomState, print_line: Callabl
             progress=sys.stderr.isatty(),
             print_line=print_line,
             upstream_compat=config.upstream_compat,
+            memory_map=data.memory_map,
+            seed=config.train.seed,
         )
     data_size = data.data_size
     if data.drop_last and data.num_batches == 0:

@@ -40,14 +40,15 @@ def preprocess(
         out, "name another place with --processed-data-file=PATH"
     ) as file:  # first: a long read must not end in "no permission"
         blocks = _read(raw, max_ind_range, progress)
-        total_per_file = split_days(sum(len(block.labels) for block in blocks), days)
+        raw_rows = sum(len(block.labels) for block in blocks)
+        total_per_file = split_days(raw_rows, days)
         if sub_sample_rate > 0:
             blocks, total_per_file = _sub_sample(blocks, total_per_file, sub_sample_rate, rng)
         n = int(total_per_file.sum())
         if n == 0:
             raise UserError(f"{raw}: --data-sub-sample-rate={sub_sample_rate} leaves no row")
         counts = _number_ids(blocks, progress)
-        meta = Meta(max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, days=days, raw=fingerprint)
+        meta = Meta(max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, days=days, raw=fingerprint, raw_rows=raw_rows)
         with tqdm(total=2 * len(blocks), desc=f"Writing {out.name}", disable=not progress) as bar:
             arrays = {
                 "X_cat": ((n, NUM_SPARSE), _pieces(blocks, lambda block: np.ascontiguousarray(block.hashes.T).view(np.int32), bar)),

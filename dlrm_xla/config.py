@@ -71,6 +71,7 @@ class DataConfig:
     max_ind_range: int
     sub_sample_rate: float
     drop_last: bool
+    memory_map: bool
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class Config:
                 max_ind_range=args.max_ind_range,
                 sub_sample_rate=args.data_sub_sample_rate,
                 drop_last=args.drop_last,
+                memory_map=args.memory_map,
             ),
             train=TrainConfig(
                 args.nepochs, args.optimizer, args.learning_rate, args.lr_num_warmup_steps, args.lr_decay_start_step,
@@ -206,8 +208,10 @@ def refuse_unsupported(args) -> None:
             args.data_generation == "internal",
             "--data-generation=internal: needs a library that Meta has not published; use random, synthetic or dataset",
         ),
-        (args.data_set == "terabyte", "--data-set=terabyte: this version reads Criteo Kaggle files only; use --data-set=kaggle"),
-        (args.memory_map, "--memory-map: not in this version, which keeps the data in memory as int32 (160 bytes a row); leave it out"),
+        (
+            args.data_set == "terabyte",
+            "--data-set=terabyte: this version reads Criteo Kaggle files only; use --data-set=kaggle (--memory-map works with it)",
+        ),
         (args.mlperf_bin_loader, "--mlperf-bin-loader: needs the terabyte data set, which this version does not read; leave it out"),
         (args.mlperf_bin_shuffle, "--mlperf-bin-shuffle: needs --mlperf-bin-loader, which this version does not have; leave it out"),
         (args.plot_compute_graph, "--plot-compute-graph: upstream only ends with an error message here; --save-onnx writes the graph"),

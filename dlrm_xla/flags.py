@@ -113,7 +113,7 @@ def build_parser() -> Parser:
     option(data, "--num-indices-per-lookup", int, 10, "random ids in a bag, at most")
     switch(data, "--num-indices-per-lookup-fixed", "exactly that many")
     option(data, "--num-workers", int, 0, "batches read ahead: 2 for each")
-    switch(data, "--memory-map", "refused: the data is kept in memory, 160 bytes a row")
+    switch(data, "--memory-map", "Criteo: rows stay in the processed file instead of in memory (160 bytes a row)")
     train = parser.add_argument_group("training (upstream)")
     option(train, "--mini-batch-size", int, 1, "rows in a batch")
     option(train, "--nepochs", int, 1, "times through the training data")

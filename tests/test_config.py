@@ -216,8 +216,7 @@ def test_flags_that_do_not_go_together(argv, message):
     [
         ("--activation-function=gelu", "always relu"),
         ("--data-generation=internal", "a library that Meta has not published"),
-        ("--data-set=terabyte", "reads Criteo Kaggle files only"),
-        ("--memory-map", "keeps the data in memory"),
+        ("--data-set=terabyte", "reads Criteo Kaggle files only; use --data-set=kaggle (--memory-map works with it)"),
         ("--mlperf-bin-loader", "needs the terabyte data set"),
         ("--mlperf-bin-shuffle", "needs --mlperf-bin-loader"),
         ("--plot-compute-graph", "--save-onnx writes the graph"),

@@ -1,0 +1,120 @@
+"""A processed file read where it lies on the disk (--memory-map): a batch is gathered through a memory map, so memory does not grow with rows.
+
+Upstream's --memory-map loads one day's compressed file at a time, a seventh of the data (1.4 GB of arrays for Kaggle), and must read in
+order. Here every row can be reached at any time, and what the operating system keeps of the file it can drop again. Reading everything at
+the start, to check it, would undo that: shapes, types and sizes are checked at the start, values batch by batch, the checksum not at all.
+"""
+
+import mmap
+import zipfile
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from data_loaders.criteo_npz import DAMAGE, Processed, cause, read_counts, read_header, read_rest, way_out
+from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
+from dlrm_xla.specs import UserError
+
+_INT32 = np.dtype("<i4")
+_LOCAL_HEADER = 30  # bytes before a zip member's name, of which the last four are the lengths of the name and of what follows it
+
+
+class MappedInts:
+    """An int32 array [n, width] of an open .npz, in memory that belongs to the file. [first:end] and take(rows) give copies [.., width].
+
+    As bytes, because NumPy would first copy the whole of an array that does not lie at a multiple of four.
+    """
+
+    def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]):
+        """Raises ValueError where the array has another shape, or cannot be mapped as it is stored."""
+        start = _start_of_array(file, archive, name, shape)
+        self._width = int(np.prod(shape[1:], dtype=np.int64))
+        self._by_slice, self._by_row = (self._map(file, start, shape[0], advice) for advice in (mmap.MADV_NORMAL, mmap.MADV_RANDOM))
+
+    def _map(self, file: IO[bytes], start: int, num_rows: int, advice: int) -> np.ndarray:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # for single rows: a file that fits into memory is warm sooner without (measured: 30 us a page with, until it has been read once), but
+        # of one that does not, every row would bring 128 KiB with it, every time
+        memory.madvise(advice)
+        row_bytes = self._width * _INT32.itemsize
+        return np.frombuffer(memory, np.uint8, num_rows * row_bytes, start).reshape(num_rows, row_bytes)
+
+    def __len__(self) -> int:
+        return len(self._by_slice)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self._by_slice[rows].copy().view(_INT32)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """rows [m] whole numbers from 0; IndexError beyond the end."""
+        return self._by_row.take(rows, axis=0).view(_INT32)
+
+
+class MappedRows:
+    """Stands for the packed tensor [n, 40] int32 = label | 13 counts | 26 ids: [first:end] and index_select(0, rows) are that tensor's."""
+
+    def __init__(self, path: Path, arrays: tuple[MappedInts, MappedInts, MappedInts], counts: np.ndarray):
+        """arrays: y, X_int, X_cat; counts [26] ids of each column."""
+        self._path, self._arrays = path, arrays
+        largest = np.concatenate([[1], np.full(NUM_DENSE, 2**31 - 1), counts - 1])
+        self._largest = largest.astype(np.uint32)
+
+    def __len__(self) -> int:
+        return len(self._arrays[0])
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return self._checked([array[rows] for array in self._arrays])
+
+    def index_select(self, dim: int, rows: torch.Tensor) -> torch.Tensor:
+        index = rows.numpy()
+        return self._checked([array.take(index) for array in self._arrays])
+
+    def _checked(self, columns: list[np.ndarray]) -> torch.Tensor:
+        packed = np.concatenate(columns, axis=1)
+        if (packed.view(np.uint32) > self._largest).any():  # a negative number is a large one here
+            raise UserError(f"{self._path}: holds a label, a count or an id that is out of range; {way_out(self._path)}")
+        return torch.from_numpy(packed)
+
+
+def map_npz(path: Path) -> Processed:
+    """The processed file with MappedRows as `packed`. Raises UserError where it is damaged, something else, or cannot be mapped."""
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            counts = read_counts(archive, path)
+            with archive.open("y.npy") as member:
+                shape = read_header(member)[0]
+            if len(shape) != 1 or shape[0] < 1:
+                raise UserError(f"{path}: y has shape {shape}, not [rows]; {way_out(path)}")
+            shapes = {"y": shape, "X_int": (*shape, NUM_DENSE), "X_cat": (*shape, NUM_SPARSE)}
+            try:
+                arrays = tuple(MappedInts(file, archive, name, shape) for name, shape in shapes.items())
+            except ValueError as error:
+                raise UserError(f"{path}: cannot be memory-mapped: {cause(error)}; {way_out(path)}, or leave --memory-map out") from None
+            return Processed(MappedRows(path, arrays, counts), counts, *read_rest(archive))
+    except OSError as error:
+        raise UserError(f"--processed-data-file={path}: cannot read it: {error.strerror or error}") from None
+    except UserError:
+        raise
+    except DAMAGE as error:
+        raise UserError(f"{path}: damaged, or not a processed Criteo file ({cause(error)}); {way_out(path)}") from None
+
+
+def _start_of_array(file: IO[bytes], archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> int:
+    """Offset in the file of the array's first number."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed, as upstream's files are")
+    with archive.open(info) as member:  # zipfile compares both of the member's headers
+        found, by_column, dtype = read_header(member)
+        header_bytes = member.tell()
+    if found != shape or dtype != _INT32 or (by_column and len(shape) > 1):
+        order = ", column after column" if by_column and len(shape) > 1 else ""
+        raise ValueError(f"{name} is {dtype.str} {list(found)}{order}, not {_INT32.str} {list(shape)}")
+    if info.file_size != header_bytes + int(np.prod(shape, dtype=np.int64)) * _INT32.itemsize:
+        raise ValueError(f"{name} is not as long as its header says")
+    file.seek(info.header_offset)
+    local = file.read(_LOCAL_HEADER)
+    name_bytes, extra_bytes = (int.from_bytes(local[at : at + 2], "little") for at in (26, 28))
+    return info.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes + header_bytes
