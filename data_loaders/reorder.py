@@ -74,7 +74,7 @@ def stored_order(
     if key.randomize == "none":
         return None, False
     key, early = replace(key, after_sampling=sampled_rows > 0), replace(key, after_sampling=False)
-    accepted = (key,early) if stream is None else (key, early)
+    accepted = (key,) if stream is None else (key, early)
     order = None if made_now else _read(path, accepted)
     if order is not None:
         return order, False
