@@ -242,9 +242,17 @@ def _read_into(archive: zipfile.ZipFile, name: str, out: np.ndarray, limits: np.
             data = member.read(piece.size * dtype.itemsize)
             values = np.frombuffer(data, dtype=dtype, count=piece.size).reshape(piece.shape)
             limit = limits[start] if by_column else limits
-            if not ((values >= 0) & (values < limit)).all() or (dtype.kind == "f" and (values != np.floor(values)).any()):
+            good = (values >= 0) & (values < limit)
+            if dtype.kind == "f":
+                good &= values == np.floor(values)
+            if not good.all():
+                bad = tuple(int(place) for place in np.argwhere(~good)[0])
+                row, column = (bad[1], start) if by_column else (start + bad[0], bad[1])
                 rule = {"y": "0 or 1", "X_int": "from 0", "X_cat": "from 0 to its column's count - 1"}[name]
-                raise UserError(f"{path}: {name} holds a value that is not a whole number {rule}; {way_out(path)}")
+                raise UserError(
+                    f"{path}: {name} holds a value that is not a whole number {rule} "
+                    f"(row {row}, column {column}: {values[bad]:g}, count {limits[column]}); {way_out(path)}"
+                )
             piece[:] = values
         if member.read(1):  # reading to the end also checks the checksum
             raise ValueError(f"{name} is longer than its header says")

@@ -5,6 +5,7 @@ through by name), the file is written beside and put in place, and the key "dlrm
 """
 
 import errno
+import glob
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -80,6 +81,7 @@ def check_writable(path: Path) -> None:
             raise UserError(f"--save-model={path}: is no ordinary file and would be replaced by one; choose another place")
         open(beside, "wb").close()
         beside.unlink()
+        _remove_stale(path)
     except OSError as error:
         raise UserError(f"--save-model={path}: cannot write in {path.parent} ({error.strerror}); choose another place") from None
 
@@ -87,6 +89,18 @@ def check_writable(path: Path) -> None:
 def _beside(path: Path) -> Path:
     """Where a file is written before it is put in its place."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes what a run that was killed while it wrote has left beside: files whose process is no more."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = stale.name.split(".")[-2]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            stale.unlink(missing_ok=True)
+        except (ValueError, OSError, OverflowError):  # not ours, or alive
+            continue
 
 
 def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
@@ -144,7 +158,8 @@ def read(path: Path) -> Checkpoint:
         raise UserError(f"{flag}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # the unpickler meets anything in a damaged file; whatever it says, the file is not a checkpoint
         reason = (str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__).splitlines()[0][:120]
-        if any(sign in reason for sign in ("Unsupported global", "Unsupported class", "unsupported GLOBAL", "unrecognized function")):
+        signs = ("Unsupported global", "Unsupported class", "unsupported GLOBAL", "unrecognized function", "whose module", "is blocked")
+        if any(sign in str(error) for sign in signs):
             raise UserError(f"{flag}: holds more than tensors and numbers, so it is not loaded; save it again with plain values") from None
         raise UserError(f"{flag}: not a readable checkpoint; is it complete? ({reason})") from None
     if not isinstance(content, dict):

@@ -252,7 +252,9 @@ def markdown_table() -> str:
         title = group.title or ""
         origin = "upstream" if "(upstream)" in title else "TPU port" if "port" in title else "ours" if "dlrm_xla" in title else None
         for action in group._group_actions if origin else ():
-            default = {False: "off", True: "on", None: "", "": ""}.get(action.default, f"`{action.default}`")
+            default = f"`{action.default}`" if action.default not in (None, "") else ""
+            if isinstance(action.default, bool):
+                default = "on" if action.default else "off"
             lines.append(f"| `{action.option_strings[0]}` | {default} | {origin} | {action.help} |")
     return "\n".join(lines)
 

@@ -110,3 +110,13 @@ def test_a_finished_run_resumes_to_nothing(cli):
     outcome = cli(*flags, "--load-model=m.pt")
     assert outcome.code == 0
     assert outcome.losses == []
+
+
+def test_what_a_killed_writer_left_is_removed(cli, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    stale, alive = tmp_path / f".m.pt.{gone.pid}.tmp", tmp_path / f".m.pt.{os.getppid()}.tmp"
+    for path in (stale, alive):
+        path.write_bytes(b"half")
+    assert cli(*SMALL, "--save-model=m.pt", "--save-every=12").code == 0
+    assert not stale.exists() and alive.exists()
