@@ -13,8 +13,8 @@ from typing import IO
 import numpy as np
 import torch
 
-from data_loaders.criteo_npz import DAMAGE, Processed, cause, read_counts, read_header, read_rest, way_out
-from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
+from data_loaders.criteo_npz import Processed, cause, read_counts, read_header, read_rest, reading, way_out
+from data_loaders.criteo_text import COLUMNS, NUM_DENSE, NUM_SPARSE
 from dlrm_xla.specs import UserError
 
 _INT32 = np.dtype("<i4")
@@ -73,32 +73,28 @@ class MappedRows:
 
     def _checked(self, columns: list[np.ndarray]) -> torch.Tensor:
         packed = np.concatenate(columns, axis=1)
-        if (packed.view(np.uint32) > self._largest).any():  # a negative number is a large one here
-            raise UserError(f"{self._path}: holds a label, a count or an id that is out of range; {way_out(self._path)}")
+        bad = packed.view(np.uint32) > self._largest  # a negative number is a large one here
+        if bad.any():
+            row, column = (int(place) for place in np.argwhere(bad)[0])
+            what = f"{COLUMNS[column]} {packed[row, column]}, at most {self._largest[column]}"
+            raise UserError(f"{self._path}: holds a label, a count or an id that is out of range ({what}); {way_out(self._path)}")
         return torch.from_numpy(packed)
 
 
 def map_npz(path: Path) -> Processed:
     """The processed file with MappedRows as `packed`. Raises UserError where it is damaged, something else, or cannot be mapped."""
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            counts = read_counts(archive, path)
-            with archive.open("y.npy") as member:
-                shape = read_header(member)[0]
-            if len(shape) != 1 or shape[0] < 1:
-                raise UserError(f"{path}: y has shape {shape}, not [rows]; {way_out(path)}")
-            shapes = {"y": shape, "X_int": (*shape, NUM_DENSE), "X_cat": (*shape, NUM_SPARSE)}
-            try:
-                arrays = tuple(MappedInts(file, archive, name, shape) for name, shape in shapes.items())
-            except ValueError as error:
-                raise UserError(f"{path}: cannot be memory-mapped: {cause(error)}; {way_out(path)}, or leave --memory-map out") from None
-            return Processed(MappedRows(path, arrays, counts), counts, *read_rest(archive))
-    except OSError as error:
-        raise UserError(f"--processed-data-file={path}: cannot read it: {error.strerror or error}") from None
-    except UserError:
-        raise
-    except DAMAGE as error:
-        raise UserError(f"{path}: damaged, or not a processed Criteo file ({cause(error)}); {way_out(path)}") from None
+    with reading(path), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        counts = read_counts(archive, path)
+        with archive.open("y.npy") as member:
+            shape = read_header(member)[0]
+        if len(shape) != 1 or shape[0] < 1:
+            raise UserError(f"{path}: y has shape {shape}, not [rows]; {way_out(path)}")
+        shapes = {"y": shape, "X_int": (*shape, NUM_DENSE), "X_cat": (*shape, NUM_SPARSE)}
+        try:
+            arrays = tuple(MappedInts(file, archive, name, shape) for name, shape in shapes.items())
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be memory-mapped: {cause(error)}; {way_out(path)}, or leave --memory-map out") from None
+        return Processed(MappedRows(path, arrays, counts), counts, *read_rest(archive))
 
 
 def _start_of_array(file: IO[bytes], archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> int:

@@ -156,17 +156,23 @@ def write_npz(file: IO[bytes], arrays: dict[str, tuple[tuple[int, ...], Iterator
 # ---- reading ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_npz(path: Path) -> Processed:
-    """A processed file of ours or of upstream, its values checked. Raises UserError where it is damaged or something else."""
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong while a processed file is read becomes one line."""
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            return _read(archive, path)
+        yield
     except OSError as error:
         raise UserError(f"--processed-data-file={path}: cannot read it: {error.strerror or error}") from None
     except UserError:
         raise
     except DAMAGE as error:
         raise UserError(f"{path}: damaged, or not a processed Criteo file ({cause(error)}); {way_out(path)}") from None
+
+
+def read_npz(path: Path) -> Processed:
+    """A processed file of ours or of upstream, its values checked. Raises UserError where it is damaged or something else."""
+    with reading(path), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        return _read(archive, path)
 
 
 def read_array(path: Path, name: str) -> np.ndarray:

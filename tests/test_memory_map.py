@@ -235,7 +235,9 @@ def test_a_value_out_of_range_is_refused_when_it_is_read(cli, raw, tmp_path, nam
     arrays[name][at] = value
     np.savez(tmp_path / "p.npz", **arrays)
     outcome = cli(*MODEL, "--mini-batch-size=64", "--memory-map", f"--processed-data-file={tmp_path / 'p.npz'}")
-    assert "p.npz: holds a label, a count or an id that is out of range; delete p.npz to have it made again" in outcome.error
+    assert "p.npz: holds a label, a count or an id that is out of range (" in outcome.error
+    column = "label" if name == "y" else f"{'C' if name == 'X_cat' else 'I'}{at[1] + 1}"
+    assert f"({column} {value}, at most " in outcome.error and "; delete p.npz to have it made again" in outcome.error
 
 
 def test_damaged_file(raw, tmp_path):
