@@ -54,6 +54,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     from dlrm_xla.embeddings import EmbeddingCollection
     from dlrm_xla.mlperf import MLPerfLog
     from dlrm_xla.models.dlrm import DLRM
+    from dlrm_xla.optim import RULES
     from dlrm_xla.profile import profiled
     from dlrm_xla.quantize import quantized_forward
     from dlrm_xla.session import Session
@@ -104,9 +105,11 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
             torch.empty((), dtype=torch.int64).random_()  # upstream's loader draws a seed for each pass; QR and MD tables come after it
         debug.print_data(console.line, data.train, data.hotness)
     replay_torch = config.method.kind is not None or (compat and config.data.num_workers > 0)
-    tables = EmbeddingCollection(create_tables(specs, config.method, rng, replay_torch, compat), config.model.weighted_pooling, backend.add_rows)
+    created, layout = create_tables(specs, config.method, rng, replay_torch, compat), backend.layout(config.table_layout)
+    tables = EmbeddingCollection(created, config.model.weighted_pooling, RULES[config.train.optimizer](), layout)
+    console.note(f"tables: {tables.describe()}{', the choice of --table-layout=auto' if config.table_layout == 'auto' else ''}")
     model = DLRM(config.model, len(specs), config.loss.threshold, rng)
-    trainer = Trainer(config, model.to(backend.device), tables.to(backend.device), backend, frozen_pooling=compat and output.debug)
+    trainer = Trainer(config, backend.place(model), backend.place(tables), backend, frozen_pooling=compat and output.debug)
     if output.save_onnx:
         onnx_export.check_size(trainer)
     if output.debug:

@@ -6,13 +6,14 @@ Differs from upstream: tables at or below the threshold are plain (upstream cras
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.embeddings import EmbeddingTable
-from dlrm_xla.init import uniform_rows
+from dlrm_xla.embeddings import EmbeddingTable, Part
+from dlrm_xla.init import fill_uniform
 from dlrm_xla.specs import TableSpec
 
 
@@ -46,7 +47,8 @@ class MixedDimTable(EmbeddingTable):
         projection = nn.Linear(width, spec.embedding_dim, bias=False) if width < spec.embedding_dim else nn.Identity()
         if isinstance(projection, nn.Linear):
             nn.init.xavier_uniform_(projection.weight)
-        super().__init__(spec, {"embs.weight": uniform_rows(rng, spec.num_embeddings, width, math.sqrt(1 / spec.num_embeddings))})
+        fill = partial(fill_uniform, rng=rng, bound=math.sqrt(1 / spec.num_embeddings))
+        super().__init__(spec, {"embs.weight": Part(spec.num_embeddings, width, fill)})
         self.proj = projection
 
     def row_ids(self, ids: Tensor) -> tuple[Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.embeddings import EmbeddingTable
+from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.specs import TableSpec
 
 
@@ -25,12 +25,13 @@ class QRTable(EmbeddingTable):
 
     def __init__(self, spec: TableSpec, operation: str, collisions: int, upstream_compat: bool):
         dim = spec.embedding_dim // 2 if operation == "concat" else spec.embedding_dim
-        num_rows = (math.ceil(spec.num_embeddings / collisions), collisions)
-        quotient, remainder = (torch.empty(rows, dim) for rows in num_rows)
         low, high = starting_range(spec.num_embeddings, operation, upstream_compat)
-        for part in (quotient, remainder):
-            nn.init.uniform_(part, low, high)
-        super().__init__(spec, {"weight_q": quotient, "weight_r": remainder})
+
+        def fill(rows: Tensor) -> None:
+            rows.copy_(nn.init.uniform_(torch.empty(rows.shape), low, high))  # a view with gaps would be drawn in another order
+
+        quotients = math.ceil(spec.num_embeddings / collisions)
+        super().__init__(spec, {"weight_q": Part(quotients, dim, fill), "weight_r": Part(collisions, dim, fill)})
         self.operation, self.collisions, self.pools_before_combine = operation, collisions, upstream_compat
         self.through_float = upstream_compat
 

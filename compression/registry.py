@@ -1,12 +1,14 @@
 """Which table stands behind a spec: the methods as data, and the one function that builds them."""
 
+from functools import partial
+
 import numpy as np
 
 from compression.mixed_dim import MixedDimTable, dimensions
 from compression.qr import QRTable
 from dlrm_xla.config import MethodConfig
 from dlrm_xla.embeddings import EmbeddingTable, PlainTable
-from dlrm_xla.init import table_rows
+from dlrm_xla.init import fill_table
 from dlrm_xla.specs import TableSpec, UserError
 
 METHODS = {"qr": QRTable, "md": MixedDimTable}
@@ -32,7 +34,7 @@ def create_tables(
                 f"and would give vectors of half the length; use --qr-threshold={min(s.num_embeddings for s in specs) - 1} or another operation"
             )
         else:
-            tables.append(PlainTable(spec, table_rows(rng, spec.num_embeddings, spec.embedding_dim, replay_torch)))
+            tables.append(PlainTable(spec, partial(fill_table, rng=rng, replay_torch=replay_torch)))
     return tables
 
 

@@ -198,15 +198,16 @@ def _checkpoint(path: Path, content: dict) -> Checkpoint:
     )
 
 
-def parameters(trainer: Trainer) -> list[tuple[str, Tensor, dict[str, Tensor]]]:
+def parameters(trainer: Trainer, buffers: list[dict[str, Tensor]] | None = None) -> list[tuple[str, Tensor, dict[str, Tensor]]]:
     """(upstream's name, value, optimizer state) of everything trained, in the order of upstream's dlrm.parameters(), on the CPU.
 
     On the CPU the tensors are views: writing to them writes to the model.
+    buffers: of each store, as RowStore.on_host() gives them, for a caller that sends them back.
     """
     tables, listed = trainer.tables, []
-    stores = [
-        (store.weight.cpu(), {name: getattr(store, name).cpu() for name in trainer.rule.row_state}) for store in tables.stores
-    ]
+    if buffers is None:
+        buffers = [store.on_host() for store in tables.stores]
+    stores = [store.fields(of_store) for store, of_store in zip(tables.stores, buffers, strict=True)]
     dense_state = {id(parameter): state for parameter, state in zip(trainer.dense.parameters, trainer.dense.state, strict=True)}
 
     def dense(name: str, parameter: Tensor) -> tuple[str, Tensor, dict[str, Tensor]]:
@@ -215,9 +216,9 @@ def parameters(trainer: Trainer) -> list[tuple[str, Tensor, dict[str, Tensor]]]:
 
     for table, segments in zip(tables.tables, tables.segments, strict=True):
         for segment in segments:
-            weight, state = stores[segment.store]
             rows = slice(segment.start, segment.start + segment.num_rows)
-            listed.append((segment.name, weight[rows], {key: value[rows] for key, value in state.items()}))
+            fields = {key: value[rows] for key, value in stores[segment.store].items()}
+            listed.append((segment.name, fields.pop("weight"), fields))
         listed += [dense(f"{table.spec.name}.{name}", parameter) for name, parameter in table.named_parameters()]
     if tables.v_W_l is not None:
         listed += [dense(f"v_W_l.{index}", parameter) for index, parameter in enumerate(tables.v_W_l)]
@@ -232,7 +233,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, with_optimizer: bool, rese
     reset_row_state: leave all Adagrad sums at zero, as upstream's rwsadagrad does on resuming.
     """
     device = trainer.backend.device
-    parts = parameters(trainer)
+    buffers = [store.on_host() for store in trainer.tables.stores]
+    parts = parameters(trainer, buffers)
     check_shapes(checkpoint, {name: tuple(weight.shape) for name, weight, _ in parts})
     states = _matched_states(trainer, checkpoint, parts) if with_optimizer and not reset_row_state else None
     for index, (name, weight, state) in enumerate(parts):
@@ -243,11 +245,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, with_optimizer: bool, rese
         return
     # `parts` were copies: send them back whole, store by store
     values = {name: (weight, state) for name, weight, state in parts}
-    for index, store in enumerate(trainer.tables.stores):
-        segments = sorted((s for group in trainer.tables.segments for s in group if s.store == index), key=lambda s: s.start)
-        store.weight.copy_(torch.cat([values[s.name][0] for s in segments]))
-        for key in trainer.rule.row_state:
-            getattr(store, key).copy_(torch.cat([values[s.name][1][key] for s in segments]))
+    for store, of_store in zip(trainer.tables.stores, buffers, strict=True):
+        store.load(of_store)
     named = {id(parameter): name for name, parameter in _dense_names(trainer)}
     for parameter, state in zip(trainer.dense.parameters, trainer.dense.state, strict=True):
         for key, value in state.items():

@@ -116,6 +116,7 @@ class Config:
     train: TrainConfig
     output: OutputConfig
     device: str  # "auto" | "cpu" | "cuda" | "xla"
+    table_layout: str  # "auto" | "rows" | "packed"
     inference_only: bool
     quantize_mlp_bits: int
     quantize_embedding_bits: int
@@ -185,6 +186,7 @@ class Config:
                 args.mlperf_auc_threshold, args.tpu_metrics_debug,
             ),
             device="cpu" if quantized(args) else chosen_device(args),
+            table_layout=args.table_layout,
             inference_only=args.inference_only,
             quantize_mlp_bits=args.quantize_mlp_with_bit,
             quantize_embedding_bits=args.quantize_emb_with_bit,
@@ -236,6 +238,7 @@ def check_choices(args) -> None:
         ("rand-data-dist", args.rand_data_dist, ("uniform", "gaussian")),
         ("data-randomize", args.data_randomize, ("total", "day", "none")),
         ("data-set", args.data_set, ("kaggle",)),
+        ("table-layout", args.table_layout, ("auto", "rows", "packed")),
         ("quantize-mlp-with-bit", args.quantize_mlp_with_bit, (8, 16, 32)),
         ("quantize-emb-with-bit", args.quantize_emb_with_bit, (4, 8, 32)),
     ):

@@ -10,23 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-CHUNK = 1 << 20  # rows drawn at a time, so that the float64 draws of a large table need no second copy of it
+CHUNK = 1 << 18  # rows drawn at a time: the float64 draws of a large table need no second copy of it
 
 
-def uniform_rows(rng: np.random.RandomState, num_rows: int, width: int, bound: float) -> Tensor:
-    """[num_rows, width] float32 from U(-bound, bound), row by row in the stream's order."""
-    rows = torch.empty(num_rows, width)
-    for start in range(0, num_rows, CHUNK):
-        stop = min(start + CHUNK, num_rows)
-        rows[start:stop] = torch.from_numpy(rng.uniform(-bound, bound, (stop - start, width)))
-    return rows
+def fill_uniform(rows: Tensor, rng: np.random.RandomState, bound: float) -> None:
+    """rows [n, width] float32, in place, from U(-bound, bound), row by row in the stream's order."""
+    for start in range(0, rows.shape[0], CHUNK):
+        piece = rows[start : start + CHUNK]
+        piece.copy_(torch.from_numpy(rng.uniform(-bound, bound, tuple(piece.shape))))
 
 
-def table_rows(rng: np.random.RandomState, num_rows: int, width: int, replay_torch: bool) -> Tensor:
-    """A plain table: U(-1/sqrt(n), 1/sqrt(n))."""
+def fill_table(rows: Tensor, rng: np.random.RandomState, replay_torch: bool) -> None:
+    """A plain table [n, width], in place: U(-1/sqrt(n), 1/sqrt(n))."""
     if replay_torch:
-        torch.empty(num_rows, width).normal_()  # what nn.EmbeddingBag draws and upstream overwrites
-    return uniform_rows(rng, num_rows, width, math.sqrt(1 / num_rows))
+        torch.empty(rows.shape).normal_()  # what nn.EmbeddingBag draws and upstream overwrites
+    fill_uniform(rows, rng, math.sqrt(1 / rows.shape[0]))
 
 
 def linear(rng: np.random.RandomState, num_inputs: int, num_outputs: int) -> nn.Linear:

@@ -44,8 +44,8 @@ def require(path: Path) -> None:
 
 def check_size(trainer: Trainer) -> None:
     """UserError where the weights do not fit into an ONNX file."""
-    tensors = [*trainer.model.parameters(), *trainer.tables.parameters(), *(store.weight for store in trainer.tables.stores)]
-    num_bytes = sum(tensor.nelement() * 4 for tensor in tensors)
+    tensors = [*trainer.model.parameters(), *trainer.tables.parameters()]
+    num_bytes = 4 * (sum(tensor.nelement() for tensor in tensors) + sum(store.num_rows * store.width for store in trainer.tables.stores))
     if num_bytes > FILE_LIMIT:
         raise UserError(
             f"--save-onnx: the weights take {num_bytes / 2**30:.2f} GiB and an ONNX file holds less than 2; "
@@ -103,7 +103,7 @@ class BagModel(nn.Module):
         bag_tables = []
         for index, (table, segments) in enumerate(zip(tables.tables, tables.segments, strict=True)):
             parts = {
-                segment.name.removeprefix(f"{table.spec.name}."): tables.stores[segment.store].weight.narrow(0, segment.start, segment.num_rows)
+                segment.name.removeprefix(f"{table.spec.name}."): tables.part_rows(segment).contiguous()
                 for segment in segments
             }
             bag_tables.append(BagTable(table, parts, None if tables.v_W_l is None else tables.v_W_l[index].data))
@@ -146,7 +146,7 @@ def cpu_twin(module: nn.Module) -> nn.Module:
     """A copy on the CPU; of what is there already the same tensors. The optimizer's state is left out."""
     memo: dict[int, object] = {}
     for child in module.modules():
-        for name in getattr(child, "state_names", ()):
+        for name in getattr(child, "state_buffers", ()):
             memo[id(getattr(child, name))] = torch.empty(0)
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().cpu(), requires_grad=False)

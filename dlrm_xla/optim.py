@@ -8,22 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.config import TrainConfig
-from dlrm_xla.ops.rows import sum_duplicates
 from dlrm_xla.stores import RowStore
 
 EPSILON = 1e-10  # of both Adagrads, as torch and upstream have it
 
 
 class SGD:
+    """
+    record           what a row of a store holds for every weight, the weight first;  scalars: one number for every row
+    sums_duplicates  the rule is not linear: update_rows wants all gradients of a row at one of its places and zeros at the others
+    dense_state      for every dense parameter
+    """
+
     name = "sgd"
-    row_state: tuple[str, ...] = ()
+    record: tuple[str, ...] = ("weight",)
+    scalars: tuple[str, ...] = ()
+    sums_duplicates = False
     dense_state: tuple[str, ...] = ()
 
-    def prepare(self, store: RowStore) -> None:
-        pass
-
-    def update_rows(self, store: RowStore, rows: Tensor, grads: Tensor, neg_lr: Tensor) -> None:
-        store.add_rows(store.weight, rows, grads * neg_lr)
+    def update_rows(self, store: RowStore, rows: Tensor, records: Tensor, grads: Tensor, neg_lr: Tensor) -> None:
+        store.add(rows, grads * neg_lr)
 
     def update_dense(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], neg_lr: Tensor) -> None:
         parameter.addcmul_(grad, neg_lr)
@@ -33,18 +37,15 @@ class Adagrad:
     """Element-wise: a sum of squared gradients for every weight (Duchi et al. 2011)."""
 
     name = "adagrad"
-    row_state = ("sum",)
+    record = ("weight", "sum")
+    scalars = ()
+    sums_duplicates = True
     dense_state = ("sum",)
 
-    def prepare(self, store: RowStore) -> None:
-        store.add_state("sum", (store.num_rows, store.width), torch.float32)
-        store.add_state("scratch", (store.num_rows,), torch.int32)
-
-    def update_rows(self, store: RowStore, rows: Tensor, grads: Tensor, neg_lr: Tensor) -> None:
-        total = sum_duplicates(rows, grads, store.scratch, store.add_rows)
-        store.add_rows(store.sum, rows, total * total)
-        deviation = store.sum.index_select(0, rows).sqrt_().add_(EPSILON)
-        store.add_rows(store.weight, rows, total * neg_lr / deviation)
+    def update_rows(self, store: RowStore, rows: Tensor, records: Tensor, grads: Tensor, neg_lr: Tensor) -> None:
+        squares = grads * grads
+        deviation = (store.state(records, "sum") + squares).sqrt_().add_(EPSILON)
+        store.add(rows, grads * neg_lr / deviation, squares)
 
     def update_dense(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], neg_lr: Tensor) -> None:
         state["sum"].addcmul_(grad, grad)
@@ -55,17 +56,12 @@ class RowWiseAdagrad(Adagrad):
     """One sum a row: of the mean of its squared gradients. Dense parameters keep one for every weight."""
 
     name = "rwsadagrad"
-    row_state = ("momentum",)
+    record = ("weight",)
+    scalars = ("momentum",)
 
-    def prepare(self, store: RowStore) -> None:
-        store.add_state("momentum", (store.num_rows,), torch.float32)
-        store.add_state("scratch", (store.num_rows,), torch.int32)
-
-    def update_rows(self, store: RowStore, rows: Tensor, grads: Tensor, neg_lr: Tensor) -> None:
-        total = sum_duplicates(rows, grads, store.scratch, store.add_rows)
-        store.add_rows(store.momentum, rows, (total * total).mean(1))
-        deviation = store.momentum.index_select(0, rows).sqrt_().add_(EPSILON)
-        store.add_rows(store.weight, rows, total * neg_lr / deviation[:, None])
+    def update_rows(self, store: RowStore, rows: Tensor, records: Tensor, grads: Tensor, neg_lr: Tensor) -> None:
+        deviation = store.add_scalar("momentum", rows, (grads * grads).mean(1)).sqrt_().add_(EPSILON)
+        store.add(rows, grads * neg_lr / deviation[:, None])
 
 
 RULES = {rule.name: rule for rule in (SGD, Adagrad, RowWiseAdagrad)}

@@ -36,8 +36,7 @@ class QuantizedTables:
         self.hotness, self.pooling_weights, self.emit = tables.hotness, tables.v_W_l, emit
         self.packed = []
         for (segment,) in tables.segments:  # a plain table has one part
-            rows = tables.stores[segment.store].weight[segment.start : segment.start + segment.num_rows]
-            self.packed.append(prepack(rows))
+            self.packed.append(prepack(tables.part_rows(segment).contiguous()))
 
     def lookup(self, batch: StepBatch, num_valid: int) -> Tensor:
         """[num_valid, T, D] pooled vectors."""

@@ -15,18 +15,31 @@ class TableSpec:
     num_embeddings  N, how many different ids it answers for
     embedding_dim   D, length of the vector that an id becomes
     hotness         H, most ids in one bag
+    pooling         "sum" | "mean" of a bag's vectors; of an empty bag zeros
     """
 
     name: str
     num_embeddings: int
     embedding_dim: int
     hotness: int = 1
+    pooling: str = "sum"
 
     def __post_init__(self):
         for field in ("num_embeddings", "embedding_dim", "hotness"):
             if getattr(self, field) < 1:
                 raise ValueError(f"table {self.name}: {field} is {getattr(self, field)}; it must be at least 1")
+        if self.pooling not in ("sum", "mean"):
+            raise ValueError(f"table {self.name}: pooling is {self.pooling!r}; it must be sum or mean")
 
 
 class UserError(ValueError):
     """A mistake of the caller's that one line can explain: what, where, its value, the rule, the way out. run_dlrm.py exits with 2."""
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes as people read them, in powers of ten: "2.16 GB"."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 999.5 and len(units) > 1:
+        num_bytes /= 1000
+        del units[0]
+    return f"{num_bytes:.0f} {units[0]}" if units[0] == "bytes" or num_bytes >= 99.95 else f"{num_bytes:.3g} {units[0]}"

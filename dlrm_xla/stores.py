@@ -1,48 +1,117 @@
 """Rows of numbers that are read and updated in place: the unit of storage, of row updates and of byte counting.
 
 A store is not an autograd parameter. Rows are gathered, made leaves, and their gradients are handed back: no [V, d] gradient ever exists.
+
+What a rule keeps for every weight lies behind the weight in the same row (`record`): a lookup fetches both, an update writes both in one
+addition. Apart, XLA copies both tables in every step (of three forms tried, none kept it in place); together, it is also a quarter
+faster in eager PyTorch. One number a row (`scalars`) and the scratch for duplicates have buffers of their own.
 """
 
 import torch
 from torch import Tensor, nn
 
-from dlrm_xla.ops.rows import AddRows
+from dlrm_xla.layouts import Layout
+from dlrm_xla.ops.bags import Bags, add_row_grads, bag_sum, chunk_rows, distinct_row_grads, pack
+from dlrm_xla.ops.rows import sum_duplicates
 
 
 class RowStore(nn.Module):
-    """V rows of d float32 numbers and their optimizer's state.
+    """V rows of d float32 numbers and their optimizer's state, in one layout.
 
-    weight  [V, d] buffer;  `state` names buffers [V] or [V, d] that the row rule asked for.
-    add_rows(target, rows, values): how this device adds to rows in place.
+    data      buffer of [V, d x len(rule.record)] in the layout: the weights of a row, then its state for every weight
+    a buffer for each of rule.scalars, [V] in the layout, zeros
+    scratch   [V] int32, any content, where the rule sums duplicates and shapes are static
+    device    "cpu", or "meta": shapes only
     """
 
-    def __init__(self, weight: Tensor, add_rows: AddRows):
+    def __init__(self, num_rows: int, width: int, rule, layout: Layout, device: str = "cpu"):
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.add_rows = add_rows
-        self.state_names: tuple[str, ...] = ()
-
-    @property
-    def num_rows(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.weight.shape[1]
-
-    def add_state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """A buffer of zeros called `name`, kept with the rows."""
-        self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=self.weight.device))
-        self.state_names += (name,)
+        self.num_rows, self.width, self.rule, self.layout = num_rows, width, rule, layout
+        self.record_width = width * len(rule.record)
+        # zeros come from the system page by page as they are first written, so an unwritten half costs nothing
+        self.register_buffer("data", torch.zeros(layout.shape(num_rows, self.record_width), device=device))
+        for name in rule.scalars:
+            self.register_buffer(name, torch.zeros(layout.shape(num_rows, 0), device=device))
+        self.has_scratch = rule.sums_duplicates and not layout.ragged
+        if self.has_scratch:
+            self.register_buffer("scratch", torch.zeros(num_rows, dtype=torch.int32, device=device))
 
     def read(self, rows: Tensor) -> Tensor:
-        """rows [K] int64 -> [K, d]."""
-        return self.weight.index_select(0, rows)
+        """rows [K] of layout.index_dtype -> records [K, record_width]; the first `width` numbers are the weights."""
+        return self.layout.gather(self.data, rows, self.record_width)
+
+    def weights(self, records: Tensor) -> Tensor:
+        """[K, record_width] -> [K, d]."""
+        return records if self.record_width == self.width else records[:, : self.width]
+
+    def state(self, records: Tensor, name: str) -> Tensor:
+        """[K, record_width] -> [K, d] of the state called `name`, as it was when the records were read."""
+        first = self.rule.record.index(name) * self.width
+        return records[:, first : first + self.width]
 
     @torch.no_grad()
-    def update(self, rows: Tensor, grads: Tensor, rule, neg_lr: Tensor) -> None:
-        """Apply `rule` to rows [K] int64 with gradients [K, d], in place; a row may stand there many times; a zero gradient changes nothing.
+    def update(self, rows: Tensor, records: Tensor, grads: Tensor, neg_lr: Tensor) -> None:
+        """Apply the rule to rows [K] with gradients [K, d], in place; a row may stand there many times; a zero gradient changes nothing.
 
-        neg_lr is minus the learning rate, a 0-D tensor.
+        records  [K, record_width] as read for this update; no other update came in between
+        neg_lr   minus the learning rate, a 0-D tensor
         """
-        rule.update_rows(self, rows, grads, neg_lr)
+        if self.rule.sums_duplicates and self.layout.ragged:
+            self.update_bags(pack(rows[:, None], None), grads, neg_lr)
+            return
+        if self.rule.sums_duplicates:
+            grads = sum_duplicates(rows, grads, self.scratch, self.layout.add_rows)
+        self.rule.update_rows(self, rows, records, grads, neg_lr)
+
+    def bag_sum(self, bags: Bags) -> Tensor:
+        """[M, d]: the weighted sums of the bags' rows. Only where layout.ragged.
+
+        Whole records are summed: over a view of their weights embedding_bag leaves its fast path and takes 24 times as long.
+        """
+        return self.weights(bag_sum(self.data, bags))
+
+    @torch.no_grad()
+    def update_bags(self, bags: Bags, grads: Tensor, neg_lr: Tensor) -> None:
+        """The same update from the gradients [M, d] of bag_sum(bags). Only where layout.ragged."""
+        chunk = chunk_rows(self.record_width)
+        if not self.rule.sums_duplicates:
+            add_row_grads(self.data, bags, grads * neg_lr, self.layout.add_rows, chunk)
+            return
+        for rows, totals in distinct_row_grads(bags, grads, self.num_rows, chunk):
+            self.rule.update_rows(self, rows, self.read(rows), totals, neg_lr)
+
+    def add(self, rows: Tensor, *parts: Tensor) -> None:
+        """Add to the records of rows [K]: one [K, d] for each name of the rule's record."""
+        self.layout.add(self.data, rows, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+    def add_scalar(self, name: str, rows: Tensor, values: Tensor) -> Tensor:
+        """Add values [K] to the scalar `name` of rows [K]; returns it afterwards, [K]."""
+        buffer = getattr(self, name)
+        self.layout.add(buffer, rows, values)
+        return self.layout.gather(buffer, rows, 0)
+
+    @property
+    def state_buffers(self) -> tuple[str, ...]:
+        """Buffers that no lookup needs."""
+        return (*self.rule.scalars, "scratch") if self.has_scratch else self.rule.scalars
+
+    def on_host(self) -> dict[str, Tensor]:
+        """Buffer name -> that buffer in the host's memory; on a CPU the buffers themselves. For `fields` and `load`."""
+        return {name: getattr(self, name).cpu() for name in ("data", *self.rule.scalars)}
+
+    def fields(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Views of on_host() by name: "weight" [V, d], each state of the record [V, d], each scalar [V]."""
+        records = self.layout.as_rows(buffers["data"], self.num_rows, self.record_width)
+        views = {name: records[:, i * self.width : (i + 1) * self.width] for i, name in enumerate(self.rule.record)}
+        return views | {name: self.layout.as_rows(buffers[name], self.num_rows, 0) for name in self.rule.scalars}
+
+    def weight(self) -> Tensor:
+        """[V, d] float32 in the host's memory; on a CPU a view."""
+        return self.fields(self.on_host())["weight"]
+
+    @torch.no_grad()
+    def load(self, buffers: dict[str, Tensor]) -> None:
+        """Send what was written into on_host() back to the device."""
+        for name, value in buffers.items():
+            if getattr(self, name) is not value:
+                getattr(self, name).copy_(value)

@@ -10,7 +10,7 @@ from dlrm_xla.config import Config
 from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.losses import make_loss
 from dlrm_xla.models.dlrm import DLRM
-from dlrm_xla.optim import RULES, DenseOptimizer, learning_rate
+from dlrm_xla.optim import DenseOptimizer, learning_rate
 from dlrm_xla.specs import UserError
 
 
@@ -79,8 +79,7 @@ class Trainer:
     def __init__(self, config: Config, model: DLRM, tables: EmbeddingCollection, backend: Backend, frozen_pooling: bool = False):
         self.config, self.model, self.tables, self.backend = config, model, tables, backend
         self.loss = make_loss(config.loss)
-        self.rule = RULES[config.train.optimizer]()
-        self.tables.prepare(self.rule)
+        self.rule = tables.rule
         trained = [p for name, p in tables.named_parameters() if not (frozen_pooling and name.startswith("v_W_l"))]
         self.dense = DenseOptimizer(trained + list(model.parameters()), self.rule)
         self.meter = LossMeter(backend.device)
@@ -125,13 +124,7 @@ class Trainer:
         self.updates += 1
         self.first_rate = None
         scale = 1.0 / len(self._pending)
-        for index, store in enumerate(self.tables.stores):
-            rows = [lookup.rows[index] for lookup in self._pending]
-            grads = [lookup.leaves[index].grad for lookup in self._pending]
-            if len(rows) == 1:
-                store.update(rows[0], grads[0], self.rule, neg_lr)
-            else:
-                store.update(torch.cat(rows), torch.cat(grads) * scale, self.rule, neg_lr)
+        self.tables.update(self._pending, neg_lr, scale)
         self.dense.step(neg_lr, scale)
         self._pending = []
 

@@ -68,6 +68,23 @@ def start_xla() -> str:
 WITHOUT_XLA = start_xla()
 
 
+def xla_or_skip() -> None:
+    """Skips where torch_xla has no wheel; where it has one, XLA must work."""
+    if WITHOUT_XLA:
+        has_wheels = sys.platform == "linux" and platform.machine() == "x86_64" and sys.version_info < (3, 14)
+        (pytest.fail if has_wheels else pytest.skip)(WITHOUT_XLA)
+
+
+@pytest.fixture(params=["cpu", "xla"])
+def backend(request):
+    """A test for each backend."""
+    from dlrm_xla import backends
+
+    if request.param == "xla":
+        xla_or_skip()
+    return backends.make(request.param)
+
+
 @pytest.fixture
 def cli(capsys, tmp_path, monkeypatch):
     """cli(*flags, device="cpu") -> Outcome: run_dlrm.main in this process, in an empty folder. device=None leaves --device out."""
@@ -76,9 +93,8 @@ def cli(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags: str, device: str | None = "cpu") -> Outcome:
-        if device == "xla" and WITHOUT_XLA:
-            has_wheels = sys.platform == "linux" and platform.machine() == "x86_64" and sys.version_info < (3, 14)
-            (pytest.fail if has_wheels else pytest.skip)(WITHOUT_XLA)
+        if device == "xla":
+            xla_or_skip()
         capsys.readouterr()
         try:
             code = run_dlrm.main([*map(str, flags), *([f"--device={device}"] if device else [])])

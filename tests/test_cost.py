@@ -18,6 +18,7 @@ from dlrm_xla import backends, flags
 from dlrm_xla.config import Config
 from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.models.dlrm import DLRM
+from dlrm_xla.optim import RULES
 from dlrm_xla.specs import TableSpec
 from dlrm_xla.train import Trainer
 
@@ -34,8 +35,9 @@ def make_trainer(device: str, optimizer: str, *more: str) -> tuple[Trainer, list
     backend, rng = backends.make(device), np.random.RandomState(1)
     data = open_dataset(config, rng, lambda line: None)
     specs = [TableSpec(f"emb_l.{i}", rows, 4, hotness) for i, (rows, hotness) in enumerate(zip(data.table_rows, data.hotness, strict=True))]
-    tables = EmbeddingCollection(create_tables(specs, config.method, rng, False, False), None, backend.add_rows).to(backend.device)
-    model = DLRM(config.model, len(specs), 0.0, rng).to(backend.device)
+    created = create_tables(specs, config.method, rng, False, False)
+    tables = backend.place(EmbeddingCollection(created, None, RULES[config.train.optimizer](), backend.layout(config.table_layout)))
+    model = backend.place(DLRM(config.model, len(specs), 0.0, rng))
     return Trainer(config, model, tables, backend), list(data.train.batches())
 
 
@@ -83,7 +85,7 @@ STEP_ON_XLA = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_cost import make_trainer
-trainer, batches = make_trainer("xla", sys.argv[1])
+trainer, batches = make_trainer("xla", sys.argv[1], "--table-layout=" + sys.argv[2])
 for index in range(2):
     trainer.step(trainer.backend.to_device(batches[index]), index, last_of_epoch=False)
 trainer.backend.wait()
@@ -98,27 +100,27 @@ def large_instructions(program: str, limit: int) -> set[str]:
     return {name for dims, name in found if np.prod([int(dim) for dim in dims.split(",")], dtype=np.int64) >= limit}
 
 
-def step_program(optimizer: str, folder: Path) -> str:
+def step_program(optimizer: str, layout: str, folder: Path) -> str:
     """The optimized HLO text of the training step, from a process of its own: XLA reads its flags once."""
     tests = Path(__file__).resolve().parent
     environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text", "PJRT_DEVICE": "CPU", "OMP_NUM_THREADS": "1"}
     code = STEP_ON_XLA.format(root=str(tests.parent), tests=str(tests))
-    subprocess.run([sys.executable, "-c", code, optimizer], env=environment, check=True, capture_output=True, text=True)
+    subprocess.run([sys.executable, "-c", code, optimizer, layout], env=environment, check=True, capture_output=True, text=True)
     programs = [path.read_text() for path in folder.glob("*cpu_after_optimizations.txt")]
     return max(programs, key=len)  # the other one, where there is one, sets the optimizer's state to zero
 
 
-COPIES = "XLA's CPU compiler copies the table where a rule keeps a second matrix of its shape; row-wise Adagrad keeps a vector"
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "rwsadagrad", pytest.param("adagrad", marks=pytest.mark.xfail(strict=True, reason=COPIES))])
-def test_the_compiled_step_copies_no_table(optimizer, tmp_path):
+@pytest.mark.parametrize("optimizer", ["sgd", "rwsadagrad", "adagrad"])
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_the_compiled_step_copies_no_table(optimizer, layout, tmp_path):
     """Tables and their state are donated to the program and updated in place; nothing else has their size."""
     pytest.importorskip("torch_xla")
-    program = step_program(optimizer, tmp_path)
+    program = step_program(optimizer, layout, tmp_path)
     header, entry = program.splitlines()[0], program[program.index("\nENTRY ") :]
-    tables = re.findall(rf"= \w+\[(?:{2 * ROWS + 9})[,\]]\S* parameter\((\d+)\)", entry)
-    assert len(tables) == {"sgd": 1, "rwsadagrad": 3, "adagrad": 3}[optimizer], "weights, state and scratch"
+    lines = {-(-(2 * ROWS + 9) * width // 128) for width in (1, 4, 8)}  # packed: the momentum, the weights, weights with their sums
+    sizes = "|".join(map(str, {2 * ROWS + 9, *(lines if layout == "packed" else ())}))
+    tables = re.findall(rf"= \w+\[(?:{sizes})[,\]]\S* parameter\((\d+)\)", entry)
+    assert len(tables) == {"sgd": 1, "rwsadagrad": 3, "adagrad": 2}[optimizer], "weights with their sums, momentum, scratch"
     donated = set(re.findall(r"\((\d+), \{\}, may-alias\)", header))
     assert set(tables) <= donated
     assert large_instructions(program, limit=ROWS // 4) - FREE == set()

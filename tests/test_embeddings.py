@@ -1,5 +1,7 @@
 """Every table method against a dense float64 model of it: pooled vectors, and the gradients that reach rows and parameters."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ from compression.qr import QRTable
 from compression.registry import METHODS
 from dlrm_xla.batch import slot_starts
 from dlrm_xla.embeddings import EmbeddingCollection, PlainTable
-from dlrm_xla.init import uniform_rows
+from dlrm_xla.init import fill_uniform
+from dlrm_xla.layouts import PackedLayout, RowsLayout
 from dlrm_xla.ops.rows import add_rows_scatter
+from dlrm_xla.optim import RULES
 from dlrm_xla.specs import TableSpec
 
 BATCH, DIM = 6, 4
@@ -18,7 +22,7 @@ BATCH, DIM = 6, 4
 
 def make(kind, spec, rng):
     if kind == "plain":
-        return PlainTable(spec, uniform_rows(rng, spec.num_embeddings, DIM, 1.0))
+        return PlainTable(spec, partial(fill_uniform, rng=rng, bound=1.0))
     if kind == "md":
         return MixedDimTable(spec, 2, rng)
     if kind == "md-full":
@@ -47,18 +51,26 @@ def combine_dense(table, parts, projection):
     return parts[0] if projection is None else parts[0] @ projection.T
 
 
+LAYOUTS = {"rows": RowsLayout(add_rows_scatter, ragged=False), "packed": PackedLayout(), "ragged": RowsLayout(add_rows_scatter, ragged=True)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("sizes", [(1,), (7,), (97, 7, 97), (10_007, 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_lookup_and_gradients(kind, sizes, weighted):
+def test_lookup_and_gradients(kind, sizes, weighted, rule, layout):
     torch.manual_seed(0)
     rng = np.random.RandomState(0)
     hotness = tuple(1 + index % 3 for index in range(len(sizes)))
     specs = [TableSpec(f"emb_l.{index}", rows, DIM, hot) for index, (rows, hot) in enumerate(zip(sizes, hotness, strict=True))]
     tables = [make(kind, spec, rng) for spec in specs]
-    initial = [{name: part.double().clone().requires_grad_() for name, part in table.parts.items()} for table in tables]
+    collection = EmbeddingCollection(tables, None, RULES[rule](), LAYOUTS[layout])
+    initial = [
+        {segment.name.removeprefix(f"{table.spec.name}."): collection.part_rows(segment).double().clone().requires_grad_() for segment in segments}
+        for table, segments in zip(tables, collection.segments, strict=True)
+    ]
     projections = [table.proj.weight.detach().double().clone().requires_grad_() if kind == "md" else None for table in tables]
-    collection = EmbeddingCollection(tables, None, add_rows_scatter)
     starts = slot_starts(hotness)
     ids = torch.cat([torch.from_numpy(rng.randint(0, rows, (BATCH, hot))) for rows, hot in zip(sizes, hotness, strict=True)], 1).int()
     weights = torch.from_numpy(rng.rand(BATCH, starts[-1])).float() if weighted else None
@@ -78,12 +90,17 @@ def test_lookup_and_gradients(kind, sizes, weighted):
     direction = torch.randn(expected.shape, dtype=torch.float64)
     (expected * direction).sum().backward()
     (lookup.pooled * direction.float()).sum().backward()
+    collection.update([lookup], torch.tensor(-0.5))
     for index, segments in enumerate(collection.segments):
         for segment in segments:
             part = initial[index][segment.name.removeprefix(f"emb_l.{index}.")]
-            total = torch.zeros(collection.stores[segment.store].weight.shape, dtype=torch.float64)
-            total.index_add_(0, lookup.rows[segment.store], lookup.leaves[segment.store].grad.double())
-            torch.testing.assert_close(total[segment.start : segment.start + segment.num_rows], part.grad, atol=1e-5, rtol=1e-5)
+            gradient = {"sgd": 1.0, "adagrad": part.grad.abs() + 1e-10, "rwsadagrad": part.grad.square().mean(1, keepdim=True).sqrt() + 1e-10}
+            expected = part.detach() - 0.5 * part.grad / gradient[rule]  # both Adagrads' first step
+            sure = part.grad.abs() > 1e-4 if rule == "adagrad" else torch.ones_like(part.grad, dtype=torch.bool)  # a sign of rounding is none
+            updated = collection.part_rows(segment).double()
+            torch.testing.assert_close(updated[sure], expected[sure], atol=1e-5, rtol=1e-5)
+            untouched = part.grad.abs().sum(1) == 0
+            assert torch.equal(updated[untouched], part.detach()[untouched])
         if projections[index] is not None:
             torch.testing.assert_close(tables[index].proj.weight.grad.double(), projections[index].grad, atol=1e-5, rtol=1e-5)
 
@@ -95,12 +112,12 @@ def test_every_registered_method_is_tested():
 def test_learned_pooling_weights():
     specs = [TableSpec("emb_l.0", 5, DIM, 2), TableSpec("emb_l.1", 9, DIM, 1)]
     rng = np.random.RandomState(0)
-    collection = EmbeddingCollection([make("plain", spec, rng) for spec in specs], "learned", add_rows_scatter)
+    collection = EmbeddingCollection([make("plain", spec, rng) for spec in specs], "learned", RULES["sgd"](), LAYOUTS["rows"])
     with torch.no_grad():
         for weight in collection.v_W_l:
             weight.copy_(torch.arange(1.0, len(weight) + 1))
     ids = torch.tensor([[1, 4, 8]], dtype=torch.int32)
-    rows = collection.stores[0].weight
+    rows = collection.stores[0].weight()
     pooled = collection.lookup(ids, None).pooled
     torch.testing.assert_close(pooled[0, 0], 2 * rows[1] + 5 * rows[4])
     torch.testing.assert_close(pooled[0, 1], 9 * rows[5 + 8])
@@ -110,8 +127,8 @@ def test_learned_pooling_weights():
 
 def test_tables_of_one_width_share_a_store():
     specs = [TableSpec(f"emb_l.{index}", 10 + index, DIM, 1) for index in range(3)]
-    collection = EmbeddingCollection([make("plain", spec, np.random.RandomState(0)) for spec in specs], None, add_rows_scatter)
-    assert [store.weight.shape for store in collection.stores] == [(33, DIM)]
+    collection = EmbeddingCollection([make("plain", spec, np.random.RandomState(0)) for spec in specs], None, RULES["sgd"](), LAYOUTS["rows"])
+    assert [store.weight().shape for store in collection.stores] == [(33, DIM)]
     assert [segments[0].start for segments in collection.segments] == [0, 10, 21]
 
 
@@ -129,7 +146,8 @@ def test_qr_starts_symmetric_with_the_spread_of_a_plain_table(operation):
     torch.manual_seed(0)
     rows = 10_000
     table = QRTable(TableSpec("emb_l.0", rows, 64), operation, 100, False)
-    quotient, remainder = table.parts["weight_q"], table.parts["weight_r"]
+    collection = EmbeddingCollection([table], None, RULES["sgd"](), LAYOUTS["rows"])
+    quotient, remainder = (collection.part_rows(segment) for segment in collection.segments[0])
     vectors = table.combine((quotient[torch.arange(rows) // 100], remainder[torch.arange(rows) % 100]))
     assert vectors.std().item() == pytest.approx((1 / (3 * rows)) ** 0.5, rel=0.05)
     assert abs(vectors.mean().item()) < 0.05 * vectors.std().item()

@@ -14,7 +14,10 @@ SNAPSHOT = json.loads((Path(__file__).parent / "snapshots" / "upstream_flags.jso
 BY_NAME = {flag["name"]: flag for flag in SNAPSHOT}
 SWITCHES = [flag["name"] for flag in SNAPSHOT if flag["kind"] in ("bool", "store_true")]
 PORT = {"--use-tpu": False, "--tpu-cores": 1, "--drop-last": False, "--tpu-metrics-debug": False}
-OURS = {"--device": "auto", "--log-dir": "", "--config": "", "--save-every": 0, "--matmul-precision": "float32", "--upstream-compat": False}
+OURS = {
+    "--device": "auto", "--log-dir": "", "--config": "", "--save-every": 0, "--table-layout": "auto", "--matmul-precision": "float32",
+    "--upstream-compat": False,
+}  # fmt: skip
 # one value of each kind that the flag's default is not, and what it is read as
 OTHER_VALUE = {
     "int": ("7", 7), "float": ("0.25", 0.25), "str": ("other", "other"), "dash-separated ints": ("5-6-7", "5-6-7"),

@@ -11,14 +11,14 @@ from conftest import ROOT
 # the parts of dlrm_xla; each level may import itself and those below
 LEVELS = (
     {"specs", "flags", "config", "batch"},
-    {"ops", "backends", "metrics", "console", "mlperf", "tracking", "summary"},
+    {"ops", "layouts", "backends", "metrics", "console", "mlperf", "tracking", "summary"},
     {"embeddings", "stores", "optim", "losses", "init"},
     {"models"},
     {"train", "evaluate", "checkpoint"},
     {"session", "debug", "profile", "onnx_export", "quantize"},
 )
 CONTRACTS = {"flags", "config", "specs", "batch"}
-COMPRESSION_MAY = CONTRACTS | {"embeddings", "stores", "init", "optim"}
+COMPRESSION_MAY = CONTRACTS | {"embeddings", "layouts", "stores", "init", "optim"}
 FILES = sorted(path for folder in ("dlrm_xla", "data_loaders", "compression") for path in (ROOT / folder).rglob("*.py"))
 OUR_PACKAGES = ("dlrm_xla", "data_loaders", "compression", "run_dlrm", "benchmarks", "tests")
 

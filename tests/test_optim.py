@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dlrm_xla.config import TrainConfig
-from dlrm_xla.ops.rows import add_rows_index, add_rows_scatter, sum_duplicates
+from dlrm_xla.ops.rows import add_rows_scatter, sum_duplicates
 from dlrm_xla.optim import RULES, DenseOptimizer, learning_rate
 from dlrm_xla.stores import RowStore
 
@@ -40,34 +40,44 @@ def rows_in_float64(name, weight, lr):
     return weight
 
 
-@pytest.mark.parametrize("add_rows", [add_rows_scatter, add_rows_index])
+def make_store(name, weight, layout, backend) -> RowStore:
+    store = RowStore(*weight.shape, RULES[name](), backend.layout(layout))
+    store.weight().copy_(weight)
+    return backend.place(store)
+
+
+def step(store, rows, grads, lr, backend):
+    rows = torch.from_numpy(rows).to(store.layout.index_dtype).to(backend.device)
+    grads = torch.from_numpy(grads).float().to(backend.device)
+    store.update(rows, store.read(rows), grads, torch.tensor(-lr).to(backend.device))
+    backend.end_step()
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
 @pytest.mark.parametrize("name", RULES)
-def test_row_rules(name, add_rows):
+def test_row_rules(name, layout, backend):
     weight = np.random.default_rng(1).standard_normal((ROWS, WIDTH)).astype(np.float32)
-    store = RowStore(torch.from_numpy(weight.copy()), add_rows)
-    rule = RULES[name]()
-    rule.prepare(store)
+    store = make_store(name, torch.from_numpy(weight), layout, backend)
     for rows, grads in draws():
-        store.update(torch.from_numpy(rows), torch.from_numpy(grads).float(), rule, torch.tensor(-0.01))
+        step(store, rows, grads, 0.01, backend)
     expected = rows_in_float64(name, weight, 0.01)
     # float32 adds up to 67 gradients of size 1 to a row in each of 20 steps
-    np.testing.assert_allclose(store.weight.numpy(), expected, atol=2e-6)
-    np.testing.assert_array_equal(store.weight[-1].numpy(), weight[-1])  # a zero gradient changes nothing
+    np.testing.assert_allclose(store.weight().numpy(), expected, atol=2e-6)
+    np.testing.assert_array_equal(store.weight()[-1].numpy(), weight[-1])  # a zero gradient changes nothing
 
 
+@pytest.mark.parametrize("layout", ["rows", "packed"])
 @pytest.mark.parametrize("name", ["sgd", "adagrad"])
-def test_row_rules_equal_torch_on_sparse_gradients(name):
+def test_row_rules_equal_torch_on_sparse_gradients(name, layout, backend):
     weight = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
     parameter = torch.nn.Parameter(weight.clone())
     optimizer = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[name]([parameter], lr=0.1)
-    store, rule = RowStore(weight.clone(), add_rows_scatter), RULES[name]()
-    rule.prepare(store)
+    store = make_store(name, weight, layout, backend)
     for rows, grads in draws():
-        rows, grads = torch.from_numpy(rows), torch.from_numpy(grads).float()
-        parameter.grad = torch.sparse_coo_tensor(rows[None], grads, (ROWS, WIDTH), check_invariants=True)
+        parameter.grad = torch.sparse_coo_tensor(torch.from_numpy(rows)[None], torch.from_numpy(grads).float(), (ROWS, WIDTH), check_invariants=True)
         optimizer.step()
-        store.update(rows, grads, rule, torch.tensor(-0.1))
-        torch.testing.assert_close(store.weight, parameter.detach(), atol=1e-6, rtol=1e-6)
+        step(store, rows, grads, 0.1, backend)
+        torch.testing.assert_close(store.weight(), parameter.detach(), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "rwsadagrad"])

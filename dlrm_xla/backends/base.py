@@ -1,13 +1,15 @@
 """What the training loop asks of a device. A later backend (a successor of torch_xla) is one more file with these methods."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlrm_xla.batch import Batch
-from dlrm_xla.ops.rows import AddRows
+from dlrm_xla.layouts import Layout
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,20 @@ class Backend(Protocol):
     """
     name         "cpu" | "cuda" | "xla"
     device       where tensors live
-    add_rows     in-place addition to rows that runs well there (ops/rows.py)
     console      upstream's line about the device
     description  the hardware, for the run's records
     """
 
     name: str
     device: torch.device
-    add_rows: AddRows
     console: str
     description: str
+
+    def layout(self, name: str) -> Layout:
+        """name: "rows" | "packed", or "auto" for what suits the device."""
+
+    def place(self, module: Module) -> Module:
+        """The module with its parameters and buffers on the device."""
 
     def to_device(self, batch: Batch) -> StepBatch: ...
 

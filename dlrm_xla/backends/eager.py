@@ -4,16 +4,15 @@ import platform
 
 import torch
 
-from dlrm_xla.backends.base import StepBatch
+from dlrm_xla.backends.base import Module, StepBatch
 from dlrm_xla.backends.memory import keep_freed_memory
 from dlrm_xla.batch import Batch
+from dlrm_xla.layouts import Layout, PackedLayout, RowsLayout
 from dlrm_xla.ops.rows import add_rows_scatter
 from dlrm_xla.specs import UserError
 
 
 class EagerBackend:
-    add_rows = staticmethod(add_rows_scatter)
-
     def __init__(self, name: str):
         if name == "cuda" and not torch.cuda.is_available():
             raise UserError("--device=cuda: this PyTorch sees no CUDA device; use --device=cpu, or --device=auto to take what there is")
@@ -25,6 +24,13 @@ class EagerBackend:
             torch.backends.cudnn.deterministic = True
         self.console = "Using 1 GPU(s)..." if name == "cuda" else "Using CPU..."
         self.description = torch.cuda.get_device_name() if name == "cuda" else platform.processor() or platform.machine()
+
+    def layout(self, name: str) -> Layout:
+        # on CUDA every shape that depends on the data is a wait for the device
+        return PackedLayout() if name == "packed" else RowsLayout(add_rows_scatter, ragged=self.name == "cpu")
+
+    def place(self, module: Module) -> Module:
+        return module.to(self.device)
 
     def to_device(self, batch: Batch) -> StepBatch:
         if self.name == "cpu":

@@ -1,12 +1,14 @@
 """XLA through torch_xla: TPU, and the same programs on XLA's CPU backend (PJRT_DEVICE=CPU)."""
 
+import logging
 import os
 import platform
 import sys
 
-from dlrm_xla.backends.base import StepBatch
+from dlrm_xla.backends.base import Module, StepBatch
 from dlrm_xla.backends.memory import keep_freed_memory
 from dlrm_xla.batch import Batch
+from dlrm_xla.layouts import Layout, PackedLayout, RowsLayout
 from dlrm_xla.ops.rows import add_rows_index
 from dlrm_xla.specs import UserError
 
@@ -17,6 +19,7 @@ try:
     if "PJRT_DEVICE" not in os.environ and not tpu_present():
         os.environ["PJRT_DEVICE"] = "CPU"
     import torch_xla
+    import torch_xla.backends
     import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as met
 except ImportError as error:
@@ -27,7 +30,6 @@ else:
 
 class XlaBackend:
     name = "xla"
-    add_rows = staticmethod(add_rows_index)
 
     def __init__(self):
         if IMPORT_ERROR is not None:
@@ -40,11 +42,23 @@ class XlaBackend:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"--device=xla: PJRT_DEVICE={os.environ.get('PJRT_DEVICE')} does not start ({reason}); set it to TPU or CPU") from None
-        hardware = xm.xla_device_hw(self.device)
-        if hardware == "CPU":
+        # float32 products of float32 numbers: a TPU's own choice is one pass in bfloat16, which --matmul-precision=bfloat16 asks for by itself
+        logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)  # it warns of a second setting at the first one
+        if torch_xla.backends.get_mat_mul_precision() != "highest":
+            torch_xla.backends.set_mat_mul_precision("highest")
+        self.hardware = xm.xla_device_hw(self.device)
+        if self.hardware == "CPU":
             keep_freed_memory()
-        self.console = f"Using XLA:{hardware}..."
-        self.description = f"XLA:{hardware}"
+        self.console = f"Using XLA:{self.hardware}..."
+        self.description = f"XLA:{self.hardware}"
+
+    def layout(self, name: str) -> Layout:
+        if name == "auto":
+            name = "packed" if self.hardware == "TPU" else "rows"
+        return PackedLayout() if name == "packed" else RowsLayout(add_rows_index, ragged=False)
+
+    def place(self, module: Module) -> Module:
+        return module.to(self.device)
 
     def to_device(self, batch: Batch) -> StepBatch:
         # two transfers a batch instead of four or five; ids stay int32 on the way

@@ -20,19 +20,19 @@ def add_rows_scatter(target: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def add_rows_index(target: Tensor, rows: Tensor, values: Tensor) -> None:
-    """The same by index_add_."""
+    """The same by index_add_; rows may be int32."""
     target.index_add_(0, rows, values)
 
 
 def sum_duplicates(rows: Tensor, grads: Tensor, scratch: Tensor, add_rows: AddRows) -> Tensor:
     """[K, d]: for each distinct row, the sum of its gradients at one of its places and zero at the others.
 
-    rows     [K] int64
+    rows     [K] int64 or int32
     scratch  [V] int32, any content: which place of a row wins is written here and read back, so nothing is sorted, every shape is
              static and the buffer never needs clearing. Whichever place wins, the sum is the same.
     """
-    scratch.index_copy_(0, rows, torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device))
-    winner = scratch.index_select(0, rows).long()
+    scratch.index_copy_(0, rows.long(), torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device))
+    winner = scratch.index_select(0, rows).to(rows.dtype)
     total = torch.zeros_like(grads)
     add_rows(total, winner, grads)
     return total
