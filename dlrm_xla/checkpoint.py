@@ -114,7 +114,7 @@ def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
         "nepochs": progress.num_epochs,
         "nbatches": progress.num_batches,
         "nbatches_test": progress.num_test_batches,
-        "state_dict": {name: weight.clone() for name, weight, _ in parts},
+        "state_dict": {name: _alone(weight) for name, weight, _ in parts},
         "test_acc": progress.test_accuracy,
         "test_auc": progress.test_auc if progress.test_auc is not None else 0.0,
         "epoch": progress.epoch,
@@ -141,6 +141,11 @@ def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
             beside.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"--save-model={path}: cannot be written ({reason}); free some space or choose another place") from None
+
+
+def _alone(part: Tensor) -> Tensor:
+    """The same numbers as a tensor of their own: torch.save writes all the memory that a view is cut from. Only a view with gaps is copied."""
+    return torch.from_numpy(part.numpy()) if part.is_contiguous() and part.nelement() else part.clone()
 
 
 def read(path: Path) -> Checkpoint:
@@ -336,9 +341,9 @@ def _optimizer_state(trainer: Trainer, parts: list) -> dict:
     states = {}
     for index, state in ((order[name], state) for name, _, state in parts if name in order):
         if rule == "adagrad":
-            states[index] = {"step": torch.tensor(float(trainer.updates)), **{key: value.clone() for key, value in state.items()}}
+            states[index] = {"step": torch.tensor(float(trainer.updates)), **{key: _alone(value) for key, value in state.items()}}
         elif rule == "rwsadagrad":
-            states[index] = {"step": trainer.updates, **{key: value.clone() for key, value in state.items()}}
+            states[index] = {"step": trainer.updates, **{key: _alone(value) for key, value in state.items()}}
     if rule == "rwsadagrad":
         group = {"lr": rate, "lr_decay": 0.0, "eps": 1e-10, "weight_decay": 0.0, "initial_accumulator_value": 0.0}
     else:

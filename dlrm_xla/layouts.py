@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dlrm_xla.ops.rows import AddRows, add_rows_index
+from dlrm_xla.ops.rows import AddRows, add_rows_index, count_up
 
 LANES = 128  # numbers in a line of a TPU's memory tile
 
@@ -111,7 +111,7 @@ class PackedLayout:
         """Line of each row [K], and which of the line's slots is its own [K, 128 / stride, 1]. Shifts: a division checks signs."""
         slots = LANES // stride
         slot = torch.bitwise_and(rows, slots - 1)
-        mine = slot[:, None, None] == torch.arange(slots, dtype=rows.dtype, device=rows.device)[None, :, None]
+        mine = slot[:, None, None] == count_up(slots, rows.dtype, rows.device)[None, :, None]
         return torch.bitwise_right_shift(rows, slots.bit_length() - 1), mine
 
     def _lines(self, rows: Tensor, stride: int) -> Tensor:
@@ -119,7 +119,7 @@ class PackedLayout:
         lines = stride // LANES
         if lines == 1:
             return rows
-        return (rows[:, None] * lines + torch.arange(lines, dtype=rows.dtype, device=rows.device)).view(-1)
+        return (rows[:, None] * lines + count_up(lines, rows.dtype, rows.device)).view(-1)
 
 
 def lane_stride(width: int) -> int:

@@ -130,3 +130,18 @@ def test_a_copy_would_be_seen():
     """The reading of HLO, shown what it must find."""
     text = "%p3.15 = f32[100051,4]{1,0} parameter(3)\n  %copy.23 = f32[100051,4]{1,0} copy(%p3.15)\n  ROOT %a = f32[8]{0} add(%b, %c)\n"
     assert large_instructions(text, limit=ROWS // 4) == {"parameter", "copy"}
+
+
+@pytest.mark.parametrize("flags", [("--optimizer=sgd", "--save-model=m.pt", "--save-every=2"), ("--optimizer=adagrad",), ("--optimizer=rwsadagrad",)])
+def test_a_run_needs_its_tables_once(cli_process, flags):
+    """Peak memory of a run on the CPU, saving included where nothing lies in between the weights, within 1.15 times tables and state + 1 GB."""
+    rows, width = 4_000_000, 64
+    state = {"sgd": 0, "adagrad": rows * width * 4, "rwsadagrad": rows * 4}[flags[0].split("=")[1]]
+    peak = "import atexit, resource, sys; atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr))"
+    outcome = cli_process(
+        f"--arch-sparse-feature-size={width}", f"--arch-embedding-size={rows}-7", f"--arch-mlp-bot=5-{width}", "--arch-mlp-top=4-1",
+        "--mini-batch-size=8", "--num-batches=2", *flags, before=peak,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    tables = rows * width * 4
+    assert tables < int(outcome.err.splitlines()[-1]) * 1024 <= 1.15 * (tables + state) + 1e9

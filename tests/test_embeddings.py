@@ -157,3 +157,30 @@ def test_mixed_dimensions_by_hand():
     """lambda = 16 * 10^0.5; d = lambda / sqrt(n): 16, 5.06, 1.6, and at least 1."""
     assert dimensions([1000, 10, 100, 10**7], 0.5, 16, False) == [2, 16, 5, 1]
     assert dimensions([1000, 10, 100, 10**7], 0.5, 16, True) == [2, 16, 4, 1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mean_pooling_equals_torchs(layout):
+    """Tables of both poolings side by side, bags of none to three ids, with and without padding."""
+    rng = np.random.RandomState(0)
+    specs = [TableSpec("emb_l.0", 9, DIM, 3, "mean"), TableSpec("emb_l.1", 5, DIM, 3), TableSpec("emb_l.2", 6, DIM, 1, "mean")]
+    collection = EmbeddingCollection([make("plain", spec, rng) for spec in specs], None, RULES["sgd"](), LAYOUTS[layout])
+    tables = [collection.part_rows(segment).clone() for (segment,) in collection.segments]
+    bags = [[[1, 1, 8], [], [4, 0]], [[2, 3], [4], []], [[5], [0], []]]  # of each table, in each of three rows
+    ids, weights = torch.zeros(3, 7, dtype=torch.int32), torch.zeros(3, 7)
+    for table, start in enumerate((0, 3, 6)):
+        for row, bag in enumerate(bags[table]):
+            ids[row, start : start + len(bag)] = torch.tensor(bag, dtype=torch.int32)
+            weights[row, start : start + len(bag)] = 1
+    pooled = collection.lookup(ids, weights).pooled
+    for table, spec in enumerate(specs):
+        offsets = torch.tensor([0, *np.cumsum([len(bag) for bag in bags[table]])[:-1]])
+        expected = torch.nn.functional.embedding_bag(torch.tensor(sum(bags[table], [])), tables[table], offsets, mode=spec.pooling)
+        torch.testing.assert_close(pooled[:, table], expected)
+    full = torch.tensor([[1, 2, 2, 0, 1, 2, 5]], dtype=torch.int32)
+    torch.testing.assert_close(collection.lookup(full, None).pooled[0, 0], (tables[0][1] + 2 * tables[0][2]) / 3)
+
+
+def test_a_wrong_pooling_is_refused():
+    with pytest.raises(ValueError, match="pooling is 'max'; it must be sum or mean"):
+        TableSpec("emb_l.0", 9, DIM, 3, "max")

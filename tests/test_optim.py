@@ -66,12 +66,28 @@ def test_row_rules(name, layout, backend):
     np.testing.assert_array_equal(store.weight()[-1].numpy(), weight[-1])  # a zero gradient changes nothing
 
 
+class UpstreamRWSAdagrad(torch.optim.Optimizer):
+    """Upstream's rule in float32, on coalesced gradients."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+        self.momentum = torch.zeros(ROWS)
+
+    @torch.no_grad()
+    def step(self):
+        (parameter,), lr = self.param_groups[0]["params"], self.param_groups[0]["lr"]
+        grad = parameter.grad.coalesce()
+        (rows,), values = grad.indices(), grad.values()
+        self.momentum[rows] += values.pow(2).mean(1)
+        parameter[rows] -= lr * values / (self.momentum[rows].sqrt() + 1e-10)[:, None]
+
+
 @pytest.mark.parametrize("layout", ["rows", "packed"])
-@pytest.mark.parametrize("name", ["sgd", "adagrad"])
+@pytest.mark.parametrize("name", RULES)
 def test_row_rules_equal_torch_on_sparse_gradients(name, layout, backend):
     weight = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
     parameter = torch.nn.Parameter(weight.clone())
-    optimizer = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[name]([parameter], lr=0.1)
+    optimizer = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rwsadagrad": UpstreamRWSAdagrad}[name]([parameter], lr=0.1)
     store = make_store(name, weight, layout, backend)
     for rows, grads in draws():
         parameter.grad = torch.sparse_coo_tensor(torch.from_numpy(rows)[None], torch.from_numpy(grads).float(), (ROWS, WIDTH), check_invariants=True)

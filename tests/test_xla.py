@@ -33,6 +33,22 @@ def test_nothing_compiles_after_warm_up(cli, optimizer, method):
     assert {row["fallbacks"] for row in rows} == {0}
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rwsadagrad"])
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_two_hundred_steps_with_random_bag_lengths(cli, optimizer, layout):
+    """One program, no operator on the host, and the losses of the CPU, whatever the layout there."""
+    flags = (*SMALL, "--num-batches=200", "--num-indices-per-lookup=12", f"--optimizer={optimizer}", "--learning-rate=0.01", "--print-freq=10")
+    outcome = cli(*flags, f"--table-layout={layout}", "--log-dir=run", device="xla")
+    assert outcome.code == 0, outcome.err
+    assert f"layout {layout}\n" in outcome.err
+    rows = records("run")
+    assert len(rows) == 20
+    assert rows[0]["compiles"] == rows[-1]["compiles"], "something compiled after the first steps"
+    assert {row["fallbacks"] for row in rows} == {0}
+    for on_cpu in (cli(*flags), cli(*flags, "--table-layout=packed")):
+        assert max(abs(a - b) for a, b in zip(on_cpu.losses, outcome.losses, strict=True)) < 1e-5
+
+
 def test_losses_equal_the_cpu(cli):
     flags = (*SMALL, "--optimizer=rwsadagrad", "--num-indices-per-lookup=7")
     on_cpu, on_xla = cli(*flags).losses, cli(*flags, device="xla").losses

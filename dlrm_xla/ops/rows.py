@@ -5,6 +5,7 @@ Eager PyTorch and XLA want different operators: on 53,248 rows of 16 over two co
 slower than `index_add_`). A backend picks its own.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,13 @@ def add_rows_index(target: Tensor, rows: Tensor, values: Tensor) -> None:
     target.index_add_(0, rows, values)
 
 
+@functools.lru_cache(maxsize=64)
+def count_up(stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[0, 1, ..., stop - 1], made on the host and kept on the device: torch.arange on XLA is written into the program as a literal, number by
+    number and anew for every step. At 53,248 rows that took 8 of the 9.9 ms of finding duplicates."""
+    return torch.arange(stop, dtype=dtype).to(device)
+
+
 def sum_duplicates(rows: Tensor, grads: Tensor, scratch: Tensor, add_rows: AddRows) -> Tensor:
     """[K, d]: for each distinct row, the sum of its gradients at one of its places and zero at the others.
 
@@ -31,7 +39,7 @@ def sum_duplicates(rows: Tensor, grads: Tensor, scratch: Tensor, add_rows: AddRo
     scratch  [V] int32, any content: which place of a row wins is written here and read back, so nothing is sorted, every shape is
              static and the buffer never needs clearing. Whichever place wins, the sum is the same.
     """
-    scratch.index_copy_(0, rows.long(), torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device))
+    scratch.index_copy_(0, rows.long(), count_up(rows.shape[0], torch.int32, rows.device))
     winner = scratch.index_select(0, rows).to(rows.dtype)
     total = torch.zeros_like(grads)
     add_rows(total, winner, grads)
