@@ -58,7 +58,7 @@ def pack(rows: Tensor, filled: Tensor | None, weights: Tensor | None = None) -> 
 
 
 def join(parts: Sequence[Bags]) -> Bags:
-    """The bags of all parts in order. Weights stand in all parts or in none."""
+    """The bags of all parts in order. Where some have weights, those of the others are ones."""
     if len(parts) == 1:
         return parts[0]
     bag_of, starts = [], [parts[0].starts[:1]]
@@ -67,7 +67,9 @@ def join(parts: Sequence[Bags]) -> Bags:
         bag_of.append(part.bag_of + bags)
         starts.append(part.starts[1:] + rows)
         bags, rows = bags + part.num_bags, rows + part.rows.shape[0]
-    weights = None if parts[0].weights is None else torch.cat([part.weights for part in parts])
+    weights = None
+    if any(part.weights is not None for part in parts):
+        weights = torch.cat([torch.ones(part.rows.shape, device=part.rows.device) if part.weights is None else part.weights for part in parts])
     return Bags(torch.cat([part.rows for part in parts]), torch.cat(bag_of), torch.cat(starts), weights)
 
 
