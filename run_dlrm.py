@@ -16,10 +16,13 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "resource_exhausted")
 
 
 def main(argv: list[str]) -> int:
-    """0, or 2 after one line on stderr that says what is wrong; 130 when interrupted."""
+    """0, or 2 after one line on stderr that says what is wrong; 130 when interrupted; 1 where --compile-for finds a fault."""
     try:
         args = flags.parse(argv)
-        run(Config.from_args(args), flags.resolved(args), argv)
+        config = Config.from_args(args)
+        if config.compile_for:
+            return compile_only(config)
+        run(config, flags.resolved(args), argv)
         return 0
     except UserError as error:
         return refuse(str(error))
@@ -46,20 +49,16 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     import numpy as np
     import torch
 
-    from compression.registry import create_tables, mixed_dimensions
+    from compression.registry import mixed_dimensions
     from data_loaders.open import open_dataset
     from data_loaders.prefetch import read_ahead
     from dlrm_xla import debug, onnx_export
     from dlrm_xla.console import Console
-    from dlrm_xla.embeddings import EmbeddingCollection
     from dlrm_xla.mlperf import MLPerfLog
-    from dlrm_xla.models.dlrm import DLRM
-    from dlrm_xla.optim import RULES
     from dlrm_xla.profile import profiled
     from dlrm_xla.quantize import quantized_forward
     from dlrm_xla.session import Session
     from dlrm_xla.tracking import Tracker, describe_environment, make_folder
-    from dlrm_xla.train import Trainer
 
     output, compat = config.output, config.upstream_compat
     console = Console(output.print_time, output.print_wall_time)
@@ -94,22 +93,15 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
         console.arguments({**flags.upstream_values(resolved), "ln_emb": table_rows})
 
     # the model: tables 0..T-1, bottom MLP, top MLP, as upstream draws them
-    specs = [
-        TableSpec(f"emb_l.{index}", rows, config.model.feature_dim, hotness)
-        for index, (rows, hotness) in enumerate(zip(table_rows, data.hotness, strict=True))
-    ]
+    specs = table_specs(config, data)
     if output.debug:
         widths = mixed_dimensions(specs, config.method) if config.method.kind == "md" else None
         debug.print_architecture(console.line, config, table_rows, widths)
         if compat and (config.data.source == "kaggle" or config.data.num_workers == 0):
             torch.empty((), dtype=torch.int64).random_()  # upstream's loader draws a seed for each pass; QR and MD tables come after it
         debug.print_data(console.line, data.train, data.hotness)
-    replay_torch = config.method.kind is not None or (compat and config.data.num_workers > 0)
-    created, layout = create_tables(specs, config.method, rng, replay_torch, compat), backend.layout(config.table_layout)
-    tables = EmbeddingCollection(created, config.model.weighted_pooling, RULES[config.train.optimizer](), layout)
-    console.note(f"tables: {tables.describe()}{', the choice of --table-layout=auto' if config.table_layout == 'auto' else ''}")
-    model = DLRM(config.model, len(specs), config.loss.threshold, rng)
-    trainer = Trainer(config, backend.place(model), backend.place(tables), backend, frozen_pooling=compat and output.debug)
+    trainer = build(config, specs, rng, backend)
+    console.note(f"tables: {trainer.tables.describe()}{', the choice of --table-layout=auto' if config.table_layout == 'auto' else ''}")
     if output.save_onnx:
         onnx_export.check_size(trainer)
     if output.debug:
@@ -167,6 +159,59 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
             onnx_export.save_onnx(trainer, first_batch, config.data.source == "kaggle", onnx_path, console.line)
     finally:
         session.print_summary(paths)
+
+
+def table_specs(config: Config, data) -> list[TableSpec]:
+    return [
+        TableSpec(f"emb_l.{index}", int(rows), config.model.feature_dim, hotness)
+        for index, (rows, hotness) in enumerate(zip(data.table_rows, data.hotness, strict=True))
+    ]
+
+
+def build(config: Config, specs: list[TableSpec], rng, backend, device: str = "cpu"):
+    """The trainer. Tables 0..T-1, bottom MLP, top MLP, as upstream draws them; device "meta": tables without numbers, nothing drawn for them."""
+    from compression.registry import create_tables
+    from dlrm_xla.embeddings import EmbeddingCollection
+    from dlrm_xla.models.dlrm import DLRM
+    from dlrm_xla.optim import RULES
+    from dlrm_xla.train import Trainer
+
+    compat = config.upstream_compat
+    replay_torch = config.method.kind is not None or (compat and config.data.num_workers > 0)
+    created = create_tables(specs, config.method, rng, replay_torch, compat)
+    layout = backend.layout(config.table_layout)
+    tables = EmbeddingCollection(created, config.model.weighted_pooling, RULES[config.train.optimizer](), layout, device)
+    model = DLRM(config.model, len(specs), config.loss.threshold, rng)
+    return Trainer(config, backend.place(model), backend.place(tables), backend, frozen_pooling=compat and config.output.debug)
+
+
+def compile_only(config: Config) -> int:
+    """--compile-for: 0, or 1 where a step does not fit or copies what has a table's size. No folder is made and nothing runs."""
+    import numpy as np
+    import torch
+
+    from data_loaders.open import open_dataset
+    from dlrm_xla import compile_for, compile_report, tpu_compiler
+
+    tpu_compiler.require()
+    if config.json_file:
+        compile_report.check_writable(Path(config.json_file))
+    torch.manual_seed(config.train.seed)
+    rng = np.random.RandomState(config.train.seed)
+    tracer = backends.make_tracer()
+
+    def note(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    data = open_dataset(config, rng, note)
+    specs = table_specs(config, data)
+    trainer = build(config, specs, rng, tracer, device="meta")
+    train = None if config.inference_only else next(data.train.batches())
+    steps = compile_for.compile_steps(trainer, tracer, train, next(data.test.batches(), None), config.compile_for, note)
+    print("\n".join(compile_report.lines(config, trainer.tables, steps)))
+    if config.json_file:
+        compile_report.write_json(Path(config.json_file), compile_report.as_json(config, trainer.tables, steps))
+    return 0 if all(step.passes for step in steps.values()) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a run is to do, checked once: frozen values made from the flags, so that nothing below asks argparse or checks again."""
 
 import argparse
+import re
 from dataclasses import asdict, dataclass
 
 from dlrm_xla.specs import UserError
@@ -121,6 +122,8 @@ class Config:
     quantize_mlp_bits: int
     quantize_embedding_bits: int
     upstream_compat: bool
+    compile_for: str  # "" or a TPU topology, "v5e:2x2"
+    json_file: str
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -136,6 +139,7 @@ class Config:
         if dataset:
             bottom = (13, *bottom[1:])
         check_architecture(args, bottom, top)
+        check_compile_for(args)
         pooling = args.weighted_pooling and ("fixed" if args.weighted_pooling == "fixed" else "learned")
         batch = args.mini_batch_size
         # --log-dir holds TensorBoard's files too, unless their flag was given a place of its own
@@ -191,6 +195,8 @@ class Config:
             quantize_mlp_bits=args.quantize_mlp_with_bit,
             quantize_embedding_bits=args.quantize_emb_with_bit,
             upstream_compat=args.upstream_compat,
+            compile_for=args.compile_for,
+            json_file=args.json,
         )
 
 
@@ -385,6 +391,31 @@ def check_architecture(args, bottom, top) -> None:
     for wrong, message in rules:
         if wrong:
             raise UserError(message)
+
+
+def check_compile_for(args) -> None:
+    """--compile-for builds nothing that lives longer than its report, on no device."""
+    if not args.compile_for:
+        if args.json:
+            raise UserError(f"--json={args.json}: is the report of --compile-for; add --compile-for=v5e:2x2 or leave it out")
+        return
+    if not re.fullmatch(r"(v4|v5e|v5p|v6e):\d{1,3}x\d{1,3}(x\d{1,3})?", args.compile_for):
+        raise UserError(f"--compile-for={args.compile_for}: must be a TPU's name and its chips, as v4:2x2x1, v5e:2x2, v5p:2x2x1 or v6e:2x2")
+    given = f"--compile-for={args.compile_for}"
+    if chosen_device(args) in ("cpu", "cuda"):
+        raise UserError(f"{given} compiles for a TPU and --device={chosen_device(args)} is none; leave --device out")
+    for flag, on, reason in (
+        ("--save-model", args.save_model, "trains nothing that could be saved"),
+        ("--load-model", args.load_model, "reads no weights: the programs do not depend on them"),
+        ("--save-onnx", args.save_onnx, "has no weights to export"),
+        ("--enable-profiling", args.enable_profiling, "runs no step"),
+        ("--tpu-metrics-debug", args.tpu_metrics_debug, "runs no step"),
+        ("--debug-mode", args.debug_mode, "has no weights to print"),
+        ("--quantize-mlp-with-bit and --quantize-emb-with-bit", quantized(args), "compiles for a TPU, and quantized inference runs on the CPU"),
+        ("--mlperf-grad-accum-iter", args.mlperf_grad_accum_iter > 1, "compiles one program for a step, and these steps need two"),
+    ):
+        if on:
+            raise UserError(f"{given} {reason}; leave {flag} out")
 
 
 def quantized(args) -> bool:

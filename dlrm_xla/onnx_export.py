@@ -23,6 +23,7 @@ from dlrm_xla.batch import Batch, to_bags
 from dlrm_xla.embeddings import EmbeddingCollection, EmbeddingTable
 from dlrm_xla.models.dlrm import DLRM
 from dlrm_xla.specs import UserError
+from dlrm_xla.stores import RowStore
 from dlrm_xla.train import Trainer
 
 FILE_NAME = "dlrm_s_pytorch.onnx"  # in the current directory, as upstream
@@ -146,7 +147,7 @@ def cpu_twin(module: nn.Module) -> nn.Module:
     """A copy on the CPU; of what is there already the same tensors. The optimizer's state is left out."""
     memo: dict[int, object] = {}
     for child in module.modules():
-        for name in getattr(child, "state_buffers", ()):
+        for name in child.state_buffers() if isinstance(child, RowStore) else ():
             memo[id(getattr(child, name))] = torch.empty(0)
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().cpu(), requires_grad=False)

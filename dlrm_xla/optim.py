@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.config import TrainConfig
+from dlrm_xla.ops.inplace import InPlace
 from dlrm_xla.stores import RowStore
 
 EPSILON = 1e-10  # of both Adagrads, as torch and upstream have it
@@ -29,8 +30,8 @@ class SGD:
     def update_rows(self, store: RowStore, rows: Tensor, records: Tensor, grads: Tensor, neg_lr: Tensor) -> None:
         store.add(rows, grads * neg_lr)
 
-    def update_dense(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], neg_lr: Tensor) -> None:
-        parameter.addcmul_(grad, neg_lr)
+    def update_dense(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], neg_lr: Tensor, ops: InPlace) -> None:
+        ops.add_product(parameter, grad, neg_lr)
 
 
 class Adagrad:
@@ -47,9 +48,9 @@ class Adagrad:
         deviation = (store.state(records, "sum") + squares).sqrt_().add_(EPSILON)
         store.add(rows, grads * neg_lr / deviation, squares)
 
-    def update_dense(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], neg_lr: Tensor) -> None:
-        state["sum"].addcmul_(grad, grad)
-        parameter.addcdiv_(grad * neg_lr, state["sum"].sqrt().add_(EPSILON))
+    def update_dense(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], neg_lr: Tensor, ops: InPlace) -> None:
+        ops.add_product(state["sum"], grad, grad)
+        ops.add_quotient(parameter, grad * neg_lr, state["sum"].sqrt().add_(EPSILON))
 
 
 class RowWiseAdagrad(Adagrad):
@@ -70,8 +71,8 @@ RULES = {rule.name: rule for rule in (SGD, Adagrad, RowWiseAdagrad)}
 class DenseOptimizer:
     """A rule applied to ordinary parameters; `state[i]` belongs to `parameters[i]`."""
 
-    def __init__(self, parameters: list[nn.Parameter], rule):
-        self.parameters, self.rule = parameters, rule
+    def __init__(self, parameters: list[nn.Parameter], rule, ops: InPlace):
+        self.parameters, self.rule, self.ops = parameters, rule, ops
         self.state = [{name: torch.zeros_like(parameter) for name in rule.dense_state} for parameter in parameters]
 
     @torch.no_grad()
@@ -80,7 +81,7 @@ class DenseOptimizer:
         for parameter, state in zip(self.parameters, self.state, strict=True):
             if parameter.grad is not None:
                 grad = parameter.grad if scale == 1.0 else parameter.grad * scale
-                self.rule.update_dense(parameter, grad, state, neg_lr)
+                self.rule.update_dense(parameter, grad, state, neg_lr, self.ops)
         self.zero_grad()
 
     def zero_grad(self) -> None:

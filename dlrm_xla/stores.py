@@ -12,33 +12,32 @@ from torch import Tensor, nn
 
 from dlrm_xla.layouts import Layout
 from dlrm_xla.ops.bags import Bags, add_row_grads, bag_sum, chunk_rows, distinct_row_grads, pack
-from dlrm_xla.ops.rows import sum_duplicates
+from dlrm_xla.ops.rows import sum_duplicates, sum_sorted
 
 
 class RowStore(nn.Module):
     """V rows of d float32 numbers and their optimizer's state, in one layout.
 
-    data      buffer of [V, d x len(rule.record)] in the layout: the weights of a row, then its state for every weight
-    a buffer for each of rule.scalars, [V] in the layout, zeros
-    scratch   [V] int32, any content, where the rule sums duplicates and shapes are static
-    device    "cpu", or "meta": shapes only
+    Fields: "data", the records [V, d x len(rule.record)], the weights of a row and then its state for every weight; and a vector [V] for each of
+    rule.scalars. The layout says which buffers hold them. scratch: [V] int32, any content, where duplicates are found with its help.
+    device: "cpu", or "meta": shapes only.
     """
 
     def __init__(self, num_rows: int, width: int, rule, layout: Layout, device: str = "cpu"):
         super().__init__()
         self.num_rows, self.width, self.rule, self.layout = num_rows, width, rule, layout
         self.record_width = width * len(rule.record)
-        # zeros come from the system page by page as they are first written, so an unwritten half costs nothing
-        self.register_buffer("data", torch.zeros(layout.shape(num_rows, self.record_width), device=device))
-        for name in rule.scalars:
-            self.register_buffer(name, torch.zeros(layout.shape(num_rows, 0), device=device))
-        self.has_scratch = rule.sums_duplicates and not layout.ragged
-        if self.has_scratch:
+        shapes, self.regions = layout.regions(num_rows, {"data": self.record_width, **dict.fromkeys(rule.scalars, 0)})
+        self.buffer_names = tuple(shapes)
+        for name, shape in shapes.items():
+            # zeros come from the system page by page as they are first written, so an unwritten half costs nothing
+            self.register_buffer(name, torch.zeros(shape, device=device))
+        if rule.sums_duplicates and not layout.ragged and not layout.sorts:
             self.register_buffer("scratch", torch.zeros(num_rows, dtype=torch.int32, device=device))
 
     def read(self, rows: Tensor) -> Tensor:
         """rows [K] of layout.index_dtype -> records [K, record_width]; the first `width` numbers are the weights."""
-        return self.layout.gather(self.data, rows, self.record_width)
+        return self._gather("data", rows)
 
     def weights(self, records: Tensor) -> Tensor:
         """[K, record_width] -> [K, d]."""
@@ -59,7 +58,9 @@ class RowStore(nn.Module):
         if self.rule.sums_duplicates and self.layout.ragged:
             self.update_bags(pack(rows[:, None], None), grads, neg_lr)
             return
-        if self.rule.sums_duplicates:
+        if self.rule.sums_duplicates and self.layout.sorts:
+            rows, records, grads = sum_sorted(rows, records, grads)
+        elif self.rule.sums_duplicates:
             grads = sum_duplicates(rows, grads, self.scratch, self.layout.add_rows)
         self.rule.update_rows(self, rows, records, grads, neg_lr)
 
@@ -82,28 +83,41 @@ class RowStore(nn.Module):
 
     def add(self, rows: Tensor, *parts: Tensor) -> None:
         """Add to the records of rows [K]: one [K, d] for each name of the rule's record."""
-        self.layout.add(self.data, rows, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        self._add("data", rows, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
 
     def add_scalar(self, name: str, rows: Tensor, values: Tensor) -> Tensor:
         """Add values [K] to the scalar `name` of rows [K]; returns it afterwards, [K]."""
-        buffer = getattr(self, name)
-        self.layout.add(buffer, rows, values)
-        return self.layout.gather(buffer, rows, 0)
+        self._add(name, rows, values)
+        return self._gather(name, rows)
 
-    @property
+    def _gather(self, field: str, rows: Tensor) -> Tensor:
+        region = self.regions[field]
+        return self.layout.gather(getattr(self, region.buffer), region, rows)
+
+    def _add(self, field: str, rows: Tensor, values: Tensor) -> None:
+        region = self.regions[field]
+        self.layout.add(getattr(self, region.buffer), region, rows, values)
+
     def state_buffers(self) -> tuple[str, ...]:
         """Buffers that no lookup needs."""
-        return (*self.rule.scalars, "scratch") if self.has_scratch else self.rule.scalars
+        return tuple(name for name, _ in self.named_buffers() if name != "data")
+
+    def numbers(self, buffer: str) -> tuple[int, int]:
+        """How many weights, and how many other numbers, a buffer holds; what it has beyond them is padding."""
+        if buffer == "scratch":
+            return 0, self.num_rows
+        weights = self.num_rows * self.width if buffer == "data" else 0
+        return weights, sum(self.num_rows * max(region.width, 1) for region in self.regions.values() if region.buffer == buffer) - weights
 
     def on_host(self) -> dict[str, Tensor]:
         """Buffer name -> that buffer in the host's memory; on a CPU the buffers themselves. For `fields` and `load`."""
-        return {name: getattr(self, name).cpu() for name in ("data", *self.rule.scalars)}
+        return {name: getattr(self, name).cpu() for name in self.buffer_names}
 
     def fields(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views of on_host() by name: "weight" [V, d], each state of the record [V, d], each scalar [V]."""
-        records = self.layout.as_rows(buffers["data"], self.num_rows, self.record_width)
-        views = {name: records[:, i * self.width : (i + 1) * self.width] for i, name in enumerate(self.rule.record)}
-        return views | {name: self.layout.as_rows(buffers[name], self.num_rows, 0) for name in self.rule.scalars}
+        whole = {name: self.layout.as_rows(buffers[region.buffer], region, self.num_rows) for name, region in self.regions.items()}
+        records = whole.pop("data")
+        return {name: records[:, i * self.width : (i + 1) * self.width] for i, name in enumerate(self.rule.record)} | whole
 
     def weight(self) -> Tensor:
         """[V, d] float32 in the host's memory; on a CPU a view."""

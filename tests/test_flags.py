@@ -15,8 +15,8 @@ BY_NAME = {flag["name"]: flag for flag in SNAPSHOT}
 SWITCHES = [flag["name"] for flag in SNAPSHOT if flag["kind"] in ("bool", "store_true")]
 PORT = {"--use-tpu": False, "--tpu-cores": 1, "--drop-last": False, "--tpu-metrics-debug": False}
 OURS = {
-    "--device": "auto", "--log-dir": "", "--config": "", "--save-every": 0, "--table-layout": "auto", "--matmul-precision": "float32",
-    "--upstream-compat": False,
+    "--device": "auto", "--log-dir": "", "--config": "", "--save-every": 0, "--table-layout": "auto", "--compile-for": "", "--json": "",
+    "--matmul-precision": "float32", "--upstream-compat": False,
 }  # fmt: skip
 # one value of each kind that the flag's default is not, and what it is read as
 OTHER_VALUE = {

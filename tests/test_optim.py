@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dlrm_xla.config import TrainConfig
-from dlrm_xla.ops.rows import add_rows_scatter, sum_duplicates
+from dlrm_xla.ops.inplace import ONE_KERNEL, PLAIN_OPERATORS
+from dlrm_xla.ops.rows import add_rows_scatter, sum_duplicates, sum_sorted
 from dlrm_xla.optim import RULES, DenseOptimizer, learning_rate
 from dlrm_xla.stores import RowStore
 
@@ -96,12 +97,13 @@ def test_row_rules_equal_torch_on_sparse_gradients(name, layout, backend):
         torch.testing.assert_close(store.weight(), parameter.detach(), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("ops", [ONE_KERNEL, PLAIN_OPERATORS])
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "rwsadagrad"])
-def test_dense_rules_equal_torch(name):
+def test_dense_rules_equal_torch(name, ops):
     start = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     ours, theirs, untouched = (torch.nn.Parameter(start.clone()) for _ in range(3))
     optimizer = {"sgd": torch.optim.SGD}.get(name, torch.optim.Adagrad)([theirs], lr=0.05)
-    dense = DenseOptimizer([ours, untouched], RULES[name]())
+    dense = DenseOptimizer([ours, untouched], RULES[name](), ops)
     for step in range(STEPS):
         grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
         ours.grad, theirs.grad = grad.clone(), grad.clone()
@@ -120,6 +122,19 @@ def test_sum_duplicates_ignores_what_is_in_the_scratch():
         for row, expected in ((0, [8.0, 9.0]), (1, [2.0, 3.0]), (4, [0.0 + 4 + 6, 1.0 + 5 + 7])):
             assert by_row[row].sum(0).tolist() == expected
             assert (by_row[row] != 0).any(1).sum() == 1  # whole sum at one place, zeros at the others
+
+
+@pytest.mark.parametrize("rows", [[4, 1, 4, 4, 0], [3], [2, 2, 2], [5, 4, 3, 2]])
+def test_sums_by_a_sort(rows):
+    rows = torch.tensor(rows, dtype=torch.int32)
+    grads, records = torch.randn(len(rows), 2), torch.stack([rows.float(), -rows.float()], 1)
+    found, their_records, total = sum_sorted(rows, records, grads)
+    distinct = rows.unique()
+    assert found[: len(distinct)].tolist() == distinct.tolist()
+    assert set(found.tolist()) == set(rows.tolist())
+    assert torch.equal(their_records, torch.stack([found.float(), -found.float()], 1))
+    torch.testing.assert_close(total[: len(distinct)], torch.stack([grads[rows == row].sum(0) for row in distinct]))
+    assert not total[len(distinct) :].any()
 
 
 def course(compat, **steps):

@@ -19,6 +19,14 @@ def make(device: str) -> Backend:
     return EagerBackend(device)
 
 
+def make_tracer():
+    """The XLA backend that hands out programs instead of running them (xla.py). It leaves a TPU alone where there is one."""
+    os.environ["PJRT_DEVICE"] = "CPU"  # torch_xla reads it as it starts
+    from dlrm_xla.backends.xla import XlaTracer
+
+    return XlaTracer()
+
+
 def tpu_present() -> bool:
     return os.environ.get("PJRT_DEVICE") == "TPU" or any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dlrm_xla.batch import Batch
 from dlrm_xla.layouts import Layout
+from dlrm_xla.ops.inplace import InPlace
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -35,12 +36,14 @@ class Backend(Protocol):
     """
     name         "cpu" | "cuda" | "xla"
     device       where tensors live
+    inplace      in-place arithmetic of dense parameters (ops/inplace.py)
     console      upstream's line about the device
     description  the hardware, for the run's records
     """
 
     name: str
     device: torch.device
+    inplace: InPlace
     console: str
     description: str
 

@@ -8,11 +8,14 @@ from dlrm_xla.backends.base import Module, StepBatch
 from dlrm_xla.backends.memory import keep_freed_memory
 from dlrm_xla.batch import Batch
 from dlrm_xla.layouts import Layout, PackedLayout, RowsLayout
+from dlrm_xla.ops.inplace import ONE_KERNEL
 from dlrm_xla.ops.rows import add_rows_scatter
 from dlrm_xla.specs import UserError
 
 
 class EagerBackend:
+    inplace = ONE_KERNEL
+
     def __init__(self, name: str):
         if name == "cuda" and not torch.cuda.is_available():
             raise UserError("--device=cuda: this PyTorch sees no CUDA device; use --device=cpu, or --device=auto to take what there is")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dlrm_xla.config import ModelConfig
 from dlrm_xla.init import linear
 from dlrm_xla.ops.interact import DotInteraction
+from dlrm_xla.ops.linear import apply_layers
 
 
 def mlp(sizes: tuple[int, ...], rng: np.random.RandomState, last: nn.Module) -> nn.Sequential:
@@ -37,13 +38,13 @@ class DLRM(nn.Module):
 
     def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
         with torch.autocast(dense.device.type, torch.bfloat16, enabled=self.half_products):
-            bottom = self.bot_l(dense)
+            bottom = apply_layers(self.bot_l, dense)
             features = torch.cat([bottom.unsqueeze(1), pooled.to(bottom.dtype)], dim=1)  # [B, F, D]
             if self.interaction is None:
                 crossed = features.flatten(1)
             else:
                 crossed = torch.cat([bottom, self.interaction(features)], dim=1)
-            logit = self.top_l[:-1](crossed)
+            logit = apply_layers(self.top_l[:-1], crossed)
         probability = self.top_l[-1](logit.float())
         if 0.0 < self.threshold < 1.0:
             probability = probability.clamp(self.threshold, 1.0 - self.threshold)

@@ -44,3 +44,18 @@ def sum_duplicates(rows: Tensor, grads: Tensor, scratch: Tensor, add_rows: AddRo
     total = torch.zeros_like(grads)
     add_rows(total, winner, grads)
     return total
+
+
+def sum_sorted(rows: Tensor, records: Tensor, grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by a sort, with static shapes too and no scratch: (rows [K], their records [K, r], sums [K, d]).
+
+    The distinct rows come first, in rising order; behind them one of the rows is repeated with sums of zero.
+    rows [K] int32
+    """
+    ordered, order = torch.sort(rows)
+    order = order.to(torch.int32)  # torch_xla 2.9 aborts where the second result of a sort is an index itself
+    changes = (ordered[1:] != ordered[:-1]).to(torch.int32)
+    place = torch.nn.functional.pad(changes.cumsum(0, dtype=torch.int32), (1, 0))  # [K] of each sorted row among the distinct ones
+    total = torch.zeros_like(grads).index_add_(0, place, grads.index_select(0, order))
+    chosen = torch.zeros_like(order).index_copy_(0, place.long(), order)  # any place of the row will do
+    return rows.index_select(0, chosen), records.index_select(0, chosen), total

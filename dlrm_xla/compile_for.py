@@ -1,0 +1,145 @@
+"""--compile-for: the training step and the test step of a run, compiled by the real TPU compiler on a machine without a TPU, and judged.
+
+The steps are traced with placeholders instead of tables, so tables of any size need no memory here. It fails where a program does not fit
+into the chip's memory, or makes a copy of a table's size: then a step costs as much as the tables are large.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, no_grad
+
+from dlrm_xla import hlo, tpu_compiler
+from dlrm_xla.batch import Batch
+from dlrm_xla.layouts import LANES
+from dlrm_xla.stores import RowStore
+from dlrm_xla.tpu_compiler import Compiled
+from dlrm_xla.train import Trainer
+
+if TYPE_CHECKING:  # backends.make_tracer chooses the device first
+    from dlrm_xla.backends.xla import TracedStep, XlaTracer
+
+# GiB that the compiler lets a program use on one chip: Y of its message "Used X of Y hbm", asked of libtpu 0.0.21 with a program too large
+USABLE_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+LEAST_BYTES = 1 << 20  # a smaller buffer is no table: copying it costs a microsecond, and its size says little about whose copy it is
+MEMORY = ("tables", "row state", "dense", "dense state", "batch and constants", "outputs", "temporaries", "code", "beside the program")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One program.
+
+    error        "" or why it does not compile;  used, usable: GiB, from the compiler's message where memory is the reason
+    memory       bytes by MEMORY: parameters by what they are, padding included; outputs that take over no input's memory; what else lies on the chip
+    layouts      buffer name -> its type in the compiled program;  padding: bytes of buffers beyond their numbers
+    copies       what it makes of a table's size in the chip's large memory;  moved: bytes through on-chip memory
+    not_donated  buffers that the step changes and that got other memory for their new contents
+    """
+
+    error: str
+    used: float | None
+    usable: float
+    seconds: float
+    memory: dict[str, int]
+    layouts: dict[str, str]
+    padding: int
+    copies: list[hlo.Made]
+    moved: int
+    collectives: dict[str, tuple[int, int]]
+    not_donated: list[str]
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def passes(self) -> bool:
+        return not self.error and not self.copies and not self.not_donated and self.total <= self.usable * 2**30
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor that lives on the device from step to step: "KIND:NAME" with the kinds of MEMORY."""
+    state = {}
+    for index, store in enumerate(trainer.tables.stores):
+        for name, buffer in store.named_buffers(recurse=False):
+            state[f"{'tables' if name == 'data' else 'row state'}:store{index}.{name}"] = buffer
+    names = {id(parameter): name for module in (trainer.model, trainer.tables) for name, parameter in module.named_parameters()}
+    for parameter, parts in zip(trainer.dense.parameters, trainer.dense.state, strict=True):
+        state[f"dense:{names[id(parameter)]}"] = parameter
+        state |= {f"dense state:{names[id(parameter)]}.{name}": value for name, value in parts.items()}
+    return state
+
+
+def trace_steps(trainer: Trainer, tracer: "XlaTracer", train: Batch | None, test: Batch | None) -> dict[str, "TracedStep"]:
+    """The programs "test step" and "training step" of the batches that are there. The trainer is spent afterwards."""
+    steps = {}
+    if test is not None:
+
+        @no_grad()
+        def test_step():
+            prediction = trainer.forward(tracer.to_device(test))
+            tracer.end_step()  # as evaluate.predict, which would wait for the values
+            return prediction
+
+        steps["test step"] = tracer.trace(test_step, state_of(trainer))
+    if train is not None:
+        steps["training step"] = tracer.trace(lambda: trainer.step(tracer.to_device(train), 0, last_of_epoch=False), state_of(trainer))
+    return steps
+
+
+def compile_steps(
+    trainer: Trainer, tracer: "XlaTracer", train: Batch | None, test: Batch | None, topology: str, note: Callable[[str], None]
+) -> dict[str, StepReport]:
+    """By step. UserError for a topology that the compiler does not know."""
+    state = state_of(trainer)
+    sizes = {name: tensor.nelement() * tensor.element_size() for name, tensor in state.items()}
+    stores = list(trainer.tables.stores)
+    steps = trace_steps(trainer, tracer, train, test)
+    compiled = tpu_compiler.compile_programs(topology, {name: (step.hlo, step.donated) for name, step in steps.items()}, note)
+    usable = USABLE_GIB[topology.split(":")[0]]
+    return {name: judge(step, compiled[name], stores, sizes, usable) for name, step in steps.items()}
+
+
+def judge(step: "TracedStep", compiled: Compiled, stores: list[RowStore], sizes: dict[str, int], usable: float) -> StepReport:
+    """sizes: bytes of every tensor of state_of, without padding."""
+    if compiled.error:
+        numbers = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", compiled.error)
+        used = _gib(numbers[1], numbers[2]) if numbers else None
+        usable = _gib(numbers[3], numbers[4]) if numbers else usable
+        return StepReport(" ".join(compiled.error.split())[:300], used, usable, compiled.seconds, {}, {}, 0, [], 0, {}, [])
+    types = hlo.parameters(compiled.text)
+    padded: dict[str, int] = dict.fromkeys(MEMORY, 0)
+    layouts, padding = {}, 0
+    for name, array in zip(step.parameters, types, strict=True):
+        kind, _, short = name.partition(":")
+        size = array.padded_bytes
+        if kind in ("tables", "row state"):
+            buffer = short.partition(".")[2]
+            store = stores[int(re.match(r"store(\d+)", short)[1])]
+            a_row = sum(max(region.width, 1) for region in store.regions.values() if region.buffer == buffer) or 1  # of the scratch
+            layouts[short] = str(array)
+            padding += size - 4 * store.num_rows * a_row
+            if kind == "tables":  # a record and a packed buffer hold the rows' state too
+                padded["row state"] += size - size * store.width // a_row
+                size = size * store.width // a_row
+        if name:
+            padded[kind] += size
+    padded["batch and constants"] = compiled.arguments - sum(padded.values())
+    padded["outputs"] = compiled.outputs - compiled.aliased
+    padded["temporaries"], padded["code"] = compiled.temporaries, compiled.code
+    padded["beside the program"] = sum(size for name, size in sizes.items() if name not in step.parameters)
+    buffers = [(sizes[name] // 4, sizes[name]) for name in sizes if name.startswith(("tables", "row state"))]
+    large = {elements for elements, size in buffers if size >= LEAST_BYTES}
+    batch = max(array.elements for name, array in zip(step.parameters, types, strict=True) if not name) * LANES
+    limit = max(max(elements for elements, _ in buffers) // 4, 4 * batch, LEAST_BYTES // 4)
+    copies, moved = hlo.table_sized(compiled.text, large, limit)
+    kept = hlo.donated(compiled.text)
+    lost = [step.parameters[number].partition(":")[2] for number in step.donated if number not in kept]
+    lost = [name for name in lost if name in layouts]
+    return StepReport("", None, usable, compiled.seconds, padded, layouts, padding, copies, moved, hlo.collectives(compiled.text), lost)
+
+
+def _gib(number: str, unit: str) -> float:
+    return float(number) * {"": 2**-30, "K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}[unit]
