@@ -10,7 +10,7 @@ Every case is a run of run_dlrm.py --compile-for --json. Nothing is timed: the c
 widths     26 tables of a million rows, one lookup each, batch 2048, 13-512-256-64-D, 512-256-1
 kaggle     Criteo Kaggle's 33,762,577 rows of 16, batch 2048        terabyte  MLPerf's 10M-cap Terabyte tables, 49.1M rows of 64, batch 2048, SGD
 multihot   8 tables of a million rows of 64, 100 lookups, batch 256
-The first topology gets every optimizer, multihot, and `widths` with --table-layout=rows too, which shows what packing is for.
+The first topology gets every optimizer, terabyte, multihot, and `widths` with --table-layout=rows and SGD, which shows what packing is for.
 The last line is JSON.
 """
 
@@ -155,13 +155,13 @@ def main() -> None:
         for optimizer in args.optimizers if topology == first else args.required:
             if "widths" in args.models:
                 wanted += [("widths", topology, dim, optimizer, "packed") for dim in args.dims]
-                if topology == first and "rows" in args.layouts:
+                if topology == first and optimizer == "sgd" and "rows" in args.layouts:
                     wanted += [("widths", topology, dim, optimizer, "rows") for dim in args.dims]
-            if "kaggle" in args.models:
+            if "kaggle" in args.models and (topology == first or optimizer == "rwsadagrad"):
                 wanted.append(("kaggle", topology, 16, optimizer, "packed"))
-            if "multihot" in args.models and topology == first:
+            if "multihot" in args.models and topology == first and optimizer in args.required:
                 wanted.append(("multihot", topology, 64, optimizer, "packed"))
-        if "terabyte" in args.models:
+        if "terabyte" in args.models and topology == first:
             wanted.append(("terabyte", topology, 64, "sgd", "packed"))
     say(f"{len(wanted)} programs, {args.jobs} at a time")
     with ThreadPoolExecutor(args.jobs) as pool:

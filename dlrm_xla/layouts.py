@@ -59,7 +59,10 @@ class Layout(Protocol):
 
 
 class RowsLayout:
-    """Row after row: a buffer [V, width] or [V] for each field. add_rows: how this device adds to rows in place (ops/rows.py); ragged: as in Layout."""
+    """Row after row: a buffer [V, width] or [V] for each field.
+
+    add_rows: how this device adds to rows in place (ops/rows.py);  ragged: as in Layout
+    """
 
     name = "rows"
     index_dtype = torch.int64

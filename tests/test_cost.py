@@ -17,6 +17,7 @@ from data_loaders.open import open_dataset
 from dlrm_xla import backends, flags
 from dlrm_xla.config import Config
 from dlrm_xla.embeddings import EmbeddingCollection
+from dlrm_xla.layouts import packed_lines
 from dlrm_xla.models.dlrm import DLRM
 from dlrm_xla.optim import RULES
 from dlrm_xla.specs import TableSpec
@@ -119,7 +120,8 @@ def test_the_compiled_step_copies_no_table(optimizer, layout, tmp_path):
     header, entry = program.splitlines()[0], program[program.index("\nENTRY ") :]
     size, expected = 2 * ROWS + 9, {"sgd": 1, "rwsadagrad": 3, "adagrad": 2}[optimizer]  # weights with their sums, momentum, scratch
     if layout == "packed":  # all in one buffer
-        size, expected = {"sgd": -(-size * 4 // 128), "rwsadagrad": -(-size * 4 // 128) - (-size // 128), "adagrad": -(-size * 8 // 128)}[optimizer], 1
+        fields = {"sgd": (4,), "rwsadagrad": (4, 0), "adagrad": (8,)}[optimizer]
+        size, expected = sum(packed_lines(size, width) for width in fields), 1
     tables = re.findall(rf"= \w+\[{size}[,\]]\S* parameter\((\d+)\)", entry)
     assert len(tables) == expected
     donated = set(re.findall(r"\((\d+), \{\}, may-alias\)", header))
