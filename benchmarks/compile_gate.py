@@ -7,7 +7,7 @@ depend on the batch only. A lookup cannot move less than a line of 512 bytes.
         [--required sgd rwsadagrad] [--layouts packed rows] [--models widths kaggle terabyte multihot] [--jobs N] [--out FILE] [--picture FILE]
 
 Every case is a run of run_dlrm.py --compile-for --json. Nothing is timed: the compiler's figures do not depend on this machine.
-widths     26 tables of a million rows, one lookup each, batch 2048, 13-512-256-64-D, 512-256-1
+widths     26 tables of a million rows, one lookup each, batch 2048; small layers, 13-64-D and 64-1, compile sooner
 kaggle     Criteo Kaggle's 33,762,577 rows of 16, batch 2048        terabyte  MLPerf's 10M-cap Terabyte tables, 49.1M rows of 64, batch 2048, SGD
 multihot   8 tables of a million rows of 64, 100 lookups, batch 256
 The first topology gets every optimizer, terabyte, multihot, and `widths` with --table-layout=rows and SGD, which shows what packing is for.
@@ -40,7 +40,9 @@ def flags_of(model: str, dim: int) -> list[str]:
     rows = {"widths": (1_000_000,) * 26, "kaggle": KAGGLE, "terabyte": TERABYTE, "multihot": (1_000_000,) * 8}[model]
     hotness, batch = (100, 256) if model == "multihot" else (1, 2048)
     layers = {"terabyte": ("13-512-256-64", "512-512-256-1"), "multihot": ("13-512-64", "512-1")}
-    bottom, top = layers.get(model, (f"13-512-256-64-{dim}", "512-256-1"))
+    if model == "widths":
+        layers[model] = (f"13-64-{dim}", "64-1")
+    bottom, top = layers.get(model, ("13-512-256-64-16", "512-256-1"))
     return [
         f"--arch-embedding-size={'-'.join(map(str, rows))}", f"--arch-sparse-feature-size={dim}", f"--arch-mlp-bot={bottom}", f"--arch-mlp-top={top}",
         f"--mini-batch-size={batch}", "--num-batches=1", f"--num-indices-per-lookup={hotness}", "--num-indices-per-lookup-fixed=True",

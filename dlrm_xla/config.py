@@ -208,6 +208,11 @@ def refuse_unsupported(args) -> None:
     """Flags that this version cannot honour, each with the reason. None is ignored."""
     refusals = (
         (
+            args.optimizer in ("adam", "adamw", "momentum"),
+            f"--optimizer={args.optimizer}: changes every row of every table in every step, and here a step changes the rows that it read; "
+            "use sgd, adagrad or rwsadagrad",
+        ),
+        (
             args.activation_function != "relu",
             f"--activation-function={args.activation_function}: upstream reads this flag nowhere and its MLPs are always "
             "relu; leave it out",
