@@ -5,6 +5,7 @@
         --arch-mlp-bot=13-512-256-64-16 --arch-mlp-top=512-256-1 --loss-function=bce --mini-batch-size=128 --test-freq=1000
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -193,6 +194,7 @@ def compile_only(config: Config) -> int:
     from data_loaders.open import open_dataset
     from dlrm_xla import compile_for, compile_report, tpu_compiler
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the compiler's process and its files go with this one
     tpu_compiler.require()
     if config.json_file:
         compile_report.check_writable(Path(config.json_file))

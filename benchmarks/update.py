@@ -9,8 +9,8 @@ gradient writes a table, reads it, and reads and writes the weights: 16 N D byte
 A step is: ids to the device, read, gradients that depend on what was read, update. Blocks of steps of all cases take turns; a block ends when the
 device has finished (on XLA checked first: a product takes a plausible time and its result is there). Ids are uniform, gradients random.
 `growth` is the time with the most rows over that with the fewest, of the same round, the median of all rounds. `extra_memory` is measured in a
-process for each case: peak of resident memory over 12 steps after 36 of warm-up less what was resident before them, over the table's bytes (weights
-only). Process CPU time is given beside the time that passed. The last line is JSON.
+process for each case: peak of resident memory over the first 12 steps, their compiling included, less what was resident before them, over the
+table's bytes (weights only). Process CPU time is given beside the time that passed. The last line is JSON.
 """
 
 import argparse
@@ -73,10 +73,12 @@ class Case:
 
 
 def extra_memory(device: str, rule: str, layout: str, rows: int, width: int, lookups: int) -> float:
-    """Bytes beyond what is resident after warm-up, in this process. Linux counts the peak anew after a write to clear_refs."""
-    case = Case(backends.make(device), rule, layout, rows, width, lookups)
-    for _ in range(3):
-        case.block()
+    """Bytes beyond what is resident before the first step, in this process, whose compiler is warm. Linux counts the peak anew after a write to
+    clear_refs."""
+    backend = backends.make(device)
+    Case(backend, rule, layout, 1000, width, lookups).block()
+    case = Case(backend, rule, layout, rows, width, lookups)
+    backend.wait()
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")
     case.block()

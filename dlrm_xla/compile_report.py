@@ -28,6 +28,8 @@ def check_writable(path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "is a folder")
+        if path.exists() and not path.is_file():
+            raise OSError(0, "is no ordinary file")
         beside = _beside(path)
         beside.write_text("")
         beside.unlink()
@@ -38,10 +40,12 @@ def check_writable(path: Path) -> None:
 def write_json(path: Path, report: dict) -> None:
     """Whole or not at all."""
     _beside(path).write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(_beside(path), path)
+    os.replace(_beside(path), path.resolve())
 
 
 def _beside(path: Path) -> Path:
+    """In the folder where the file itself lies, should `path` be a link to it."""
+    path = path.resolve()
     return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 

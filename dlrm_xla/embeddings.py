@@ -199,11 +199,14 @@ class EmbeddingCollection(nn.Module):
 
     def describe(self) -> str:
         """Bytes and layout, for people."""
-        weights = sum(store.num_rows * store.width for store in self.stores) * 4
-        state = sum(buffer.nelement() * buffer.element_size() for store in self.stores for buffer in store.buffers()) - weights
+        buffers = [(store, name, buffer) for store in self.stores for name, buffer in store.named_buffers()]
+        numbers = [store.numbers(name) for store, name, _ in buffers if name != "scratch"]
+        weights, state = (4 * sum(kind) for kind in zip(*numbers, strict=True))
+        rest = sum(buffer.nelement() * buffer.element_size() for _, _, buffer in buffers) - weights - state
         return (
             f"{sum(len(segments) for segments in self.segments)} in {len(self.stores)} store{'s' if len(self.stores) > 1 else ''}, "
-            f"{size_text(weights)} of weights and {size_text(state)} of optimizer state, layout {self.layout.name}"
+            f"{size_text(weights)} of weights and {size_text(state)} of optimizer state"
+            f"{f', {size_text(rest)} of scratch and padding' if rest else ''}, layout {self.layout.name}"
         )
 
     def part_rows(self, segment: Segment) -> Tensor:

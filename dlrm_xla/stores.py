@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dlrm_xla.layouts import Layout
 from dlrm_xla.ops.bags import Bags, add_row_grads, bag_sum, chunk_rows, distinct_row_grads, pack
 from dlrm_xla.ops.rows import sum_duplicates, sum_sorted
+from dlrm_xla.specs import UserError
 
 
 class RowStore(nn.Module):
@@ -25,6 +26,12 @@ class RowStore(nn.Module):
 
     def __init__(self, num_rows: int, width: int, rule, layout: Layout, device: str = "cpu"):
         super().__init__()
+        most = torch.iinfo(layout.index_dtype).max
+        if num_rows > most:
+            raise UserError(
+                f"--table-layout={layout.name}: the tables of width {width} have {num_rows} rows together and rows are numbered up to {most}; "
+                "make them smaller (--max-ind-range, --qr-flag)" + ("" if layout.name == "rows" else ", or take --table-layout=rows")
+            )
         self.num_rows, self.width, self.rule, self.layout = num_rows, width, rule, layout
         self.record_width = width * len(rule.record)
         shapes, self.regions = layout.regions(num_rows, {"data": self.record_width, **dict.fromkeys(rule.scalars, 0)})

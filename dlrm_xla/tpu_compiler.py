@@ -6,14 +6,17 @@ JOB.json: {"topology": "v5e:2x2", "programs": [{"hlo": FILE, "donated": [paramet
 write}. The result: {"programs": [...], "versions": {...}} with, for each program, the fields of `Compiled`; or {"error": message}.
 """
 
+import ctypes
 import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,11 +86,18 @@ def compile_programs(
         command = [python, "-m", "dlrm_xla.tpu_compiler", str(path)]
         with (
             log.open("w") as messages,
-            subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages, text=True) as child,
+            # libtpu writes logs into TMPDIR, whatever TPU_LOG_DIR says
+            subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, "TMPDIR": folder}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages, text=True
+            ) as child,
         ):
-            for line in child.stdout:
-                if line.startswith("compiling "):
-                    note(line.rstrip())
+            try:
+                for line in child.stdout:
+                    if line.startswith("compiling "):
+                        note(line.rstrip())
+            except BaseException:  # interrupted: libtpu does not listen to signals
+                child.kill()
+                raise
         result = Path(job["result"])
         if not result.is_file():
             said = log.read_text(errors="replace").strip().splitlines() or ["no message"]
@@ -103,7 +113,9 @@ def compile_programs(
 
 
 def main(path: str) -> None:
-    """The child."""
+    """The child. It ends when its parent does, however that ends."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     job = json.loads(Path(path).read_text())
     generation = job["topology"].split(":")[0]
     chosen = FLAGS | (FLAGS_V5 if generation.startswith("v5") else {})

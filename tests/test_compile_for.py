@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT, WITHOUT_XLA
 from test_cost import STEP_ON_XLA
 
 import run_dlrm
 from data_loaders.open import open_dataset
-from dlrm_xla import backends, compile_for, flags, hlo, tpu_compiler
+from dlrm_xla import backends, compile_for, compile_report, flags, hlo, tpu_compiler
 from dlrm_xla.config import Config
 from dlrm_xla.specs import UserError
 
@@ -259,3 +260,32 @@ def test_donated_arguments_are_marked():
     text = 'module {\n  func.func @main(%arg0: tensor<8x16xf32> loc("p0"), %arg1: tensor<i64> loc("p1")) -> tensor<8x16xf32> {\n  }\n}'
     marked = tpu_compiler.mark_donated(text, {0})
     assert '%arg0: tensor<8x16xf32> {jax.buffer_donor = true} loc("p0"), %arg1: tensor<i64> loc("p1")' in marked
+
+
+def test_more_rows_than_numbers_for_them(cli, compiler):
+    """Each table alone could be numbered; the store that they share could not."""
+    rows = "--arch-embedding-size=1500000000-1500000000"
+    outcome = cli(rows, "--arch-sparse-feature-size=4", "--arch-mlp-bot=4-16-4", "--num-batches=1", "--compile-for=v5p:2x2x1", device=None)
+    assert outcome.error.startswith("--table-layout=packed: the tables of width 4 have 3000000000 rows together")
+
+
+def test_json_goes_where_a_link_points_and_into_no_device(cli, tmp_path, compiler):
+    target, link, pipe = tmp_path / "target.json", tmp_path / "link.json", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    assert "is no ordinary file" in cli("--compile-for=v5e:2x2", f"--json={pipe}", device=None).error
+    compile_report.check_writable(link)
+    compile_report.write_json(link, {"passes": True})
+    assert link.is_symlink() and json.loads(target.read_text()) == {"passes": True}
+
+
+def test_the_compiler_ends_with_its_run(tmp_path, compiler):
+    """SIGKILL of the run: its compiler, which hears no signal while it compiles, is gone soon after."""
+    flags = ("--arch-embedding-size=100000-7", "--arch-sparse-feature-size=16", "--arch-mlp-bot=13-512-256-16", "--arch-mlp-top=512-256-1")
+    command = [sys.executable, str(ROOT / "run_dlrm.py"), *flags, "--mini-batch-size=4096", "--num-batches=1", "--compile-for=v5e:2x2"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+        assert any(line.startswith("compiling ") for line in run.stderr)
+        (child,) = [other for other in psutil.Process(run.pid).children(recursive=True) if "dlrm_xla.tpu_compiler" in other.cmdline()]
+        run.kill()
+    child.wait(timeout=20)
