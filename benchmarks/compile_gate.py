@@ -16,6 +16,7 @@ The last line is JSON.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -120,15 +121,13 @@ def draw(cases: list[dict], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.2, 3.6), layout="constrained")
     for layout, colour, label in (("rows", "#d6604d", "rows: --table-layout=rows"), ("packed", "#2166ac", "packed: --table-layout=packed")):
-        here = {
-            case["dim"]: case["bytes_a_lookup"][0]
-            for case in cases
-            if case["model"] == "widths" and case["layout"] == layout and case["optimizer"] == "sgd" and not case["error"]
-        }
+        mine = [case for case in cases if (case["model"], case["layout"], case["optimizer"]) == ("widths", layout, "sgd")]
+        here = {case["dim"]: math.nan if case["error"] else case["bytes_a_lookup"][0] for case in mine}
         dims = sorted(here)
         axes.plot(dims, [here[dim] for dim in dims], "o-", color=colour, label=label)
         for dim in dims:
-            axes.annotate(f"{here[dim]:,}", (dim, here[dim]), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8, color=colour)
+            text, height = (f"{dim}: does not fit", 30_000) if math.isnan(here[dim]) else (f"{here[dim]:,}", here[dim])
+            axes.annotate(text, (dim, height), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8, color=colour)
     dims = sorted({case["dim"] for case in cases if case["model"] == "widths"})
     axes.plot(dims, [4 * dim for dim in dims], "--", color="#8a8a8a", label="the numbers themselves, 4 D")
     axes.set(xscale="log", yscale="log", xlabel="embedding dimension D", ylabel="bytes a lookup moves", ylim=(20, 200_000))

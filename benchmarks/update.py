@@ -78,6 +78,8 @@ def extra_memory(device: str, rule: str, layout: str, rows: int, width: int, loo
     backend = backends.make(device)
     Case(backend, rule, layout, 1000, width, lookups).block()
     case = Case(backend, rule, layout, rows, width, lookups)
+    for buffer in case.store.buffers():
+        buffer.sum().item()  # torch_xla sends a tensor when a program first wants it
     backend.wait()
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")
