@@ -215,6 +215,8 @@ def test_flags_that_do_not_go_together(argv, message):
     "flag, reason",
     [
         ("--activation-function=gelu", "always relu"),
+        ("--optimizer=adam", "changes every row of every table in every step"),
+        ("--optimizer=momentum", "use sgd, adagrad or rwsadagrad"),
         ("--data-generation=internal", "a library that Meta has not published"),
         ("--data-set=terabyte", "reads Criteo Kaggle files only; use --data-set=kaggle (--memory-map works with it)"),
         ("--mlperf-bin-loader", "needs the terabyte data set"),
@@ -233,7 +235,7 @@ def test_a_flag_that_cannot_be_honoured_is_refused_with_the_reason(flag, reason)
 
 
 CHOICES = {
-    "loss-function": "hinge", "optimizer": "adam", "qr-operation": "sub", "rand-data-dist": "zipf", "data-randomize": "week",
+    "loss-function": "hinge", "optimizer": "ftrl", "qr-operation": "sub", "rand-data-dist": "zipf", "data-randomize": "week",
     "data-set": "avazu", "quantize-mlp-with-bit": "4", "quantize-emb-with-bit": "16",
 }  # fmt: skip
 
