@@ -6,6 +6,8 @@ one bag), S = sum of H over the tables (slots), D embedding dimension, N rows of
 
 from dataclasses import dataclass
 
+MAX_INT32 = 2**31 - 1  # ids travel as int32; nothing that is counted here needs to be larger
+
 
 @dataclass(frozen=True)
 class TableSpec:

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # the parts of dlrm_xla; each level may import itself and those below
 LEVELS = (
-    {"specs", "flags", "config", "batch"},
+    {"specs", "flags", "config", "rules", "batch"},
     {"ops", "layouts", "backends", "metrics", "console", "mlperf", "tracking", "summary", "hlo", "tpu_compiler"},
     {"embeddings", "stores", "optim", "losses", "init"},
     {"models"},
