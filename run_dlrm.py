@@ -89,6 +89,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
 
     # the data
     data = open_dataset(config, rng, console.line)
+    config = config.with_num_dense(data.num_dense)
     table_rows = [int(rows) for rows in data.table_rows]
     if output.mlperf:
         console.arguments({**flags.upstream_values(resolved), "ln_emb": table_rows})
@@ -98,7 +99,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     if output.debug:
         widths = mixed_dimensions(specs, config.method) if config.method.kind == "md" else None
         debug.print_architecture(console.line, config, table_rows, widths)
-        if compat and (config.data.source == "kaggle" or config.data.num_workers == 0):
+        if compat and (config.data.from_files or config.data.num_workers == 0):
             torch.empty((), dtype=torch.int64).random_()  # upstream's loader draws a seed for each pass; QR and MD tables come after it
         debug.print_data(console.line, data.train, data.hotness)
     trainer = build(config, specs, rng, backend)
@@ -130,7 +131,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
         progress.epoch * data.train.num_batches + progress.batch, data.bayes_auc,
     )  # fmt: skip
     # upstream's train and test data share a stream when compatible: a batch drawn early would change the next test
-    shared_stream = compat and config.data.source != "kaggle"
+    shared_stream = compat and not config.data.from_files
 
     def reader(num_workers: int):
         depth = 0 if shared_stream else 2 * max(1, num_workers)
@@ -157,7 +158,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     try:
         if output.save_onnx:
             first_batch = next(data.train.batches())
-            onnx_export.save_onnx(trainer, first_batch, config.data.source == "kaggle", onnx_path, console.line)
+            onnx_export.save_onnx(trainer, first_batch, config.data.from_files, onnx_path, console.line)
     finally:
         session.print_summary(paths)
 
@@ -206,6 +207,7 @@ def compile_only(config: Config) -> int:
         print(line, file=sys.stderr, flush=True)
 
     data = open_dataset(config, rng, note)
+    config = config.with_num_dense(data.num_dense)
     specs = table_specs(config, data)
     trainer = build(config, specs, rng, tracer, device="meta")
     train = None if config.inference_only else next(data.train.batches())

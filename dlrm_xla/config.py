@@ -1,9 +1,10 @@
 """What a run is to do, checked once: frozen values made from the flags, so that nothing below asks argparse or checks again."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from dlrm_xla.rules import check_architecture, check_choices, check_compile_for, check_numbers, chosen_device, ints, quantized, refuse_unsupported
+from dlrm_xla.rules import check, chosen_device, ints, multi_hot_sizes, quantized
+from dlrm_xla.specs import parse_size
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str  # "random" | "trace" | "kaggle"
+    source: str  # "random" | "trace" | "kaggle" | "terabyte" | "table"
     table_rows: tuple[int, ...]  # random data only
     batch_size: int
     test_batch_size: int
@@ -68,6 +69,19 @@ class DataConfig:
     sub_sample_rate: float
     drop_last: bool
     memory_map: bool
+    schema_file: str  # tables only
+    preprocess_bytes: int
+    min_frequency: int
+    vocabulary: str
+    multi_hot_sizes: tuple[int, ...]  # () : single ids stay single
+    multi_hot_distribution: str  # "uniform" | "pareto"
+    bin_loader: bool
+    bin_shuffle: bool
+
+    @property
+    def from_files(self) -> bool:
+        """A data set, not drawn at random: nothing that a batch draws comes from the run's stream."""
+        return self.source not in ("random", "trace")
 
 
 @dataclass(frozen=True)
@@ -120,21 +134,21 @@ class Config:
     compile_for: str  # "" or a TPU topology, "v5e:2x2"
     json_file: str
 
+    def with_num_dense(self, num_dense: int) -> "Config":
+        """The bottom MLP's input as wide as the data's dense columns, which a table's schema says and no flag."""
+        return replace(self, model=replace(self.model, bottom_layers=(num_dense, *self.model.bottom_layers[1:])))
+
     def to_json(self) -> dict:
         return asdict(self)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Config":
         """Checks every rule between flags. Raises UserError with the flag, its value and the way out."""
-        refuse_unsupported(args)
-        check_choices(args)
-        check_numbers(args)
-        bottom, top = ints(args.arch_mlp_bot), ints(args.arch_mlp_top)
         dataset = args.data_generation == "dataset"
-        if dataset:
+        bottom, top = ints(args.arch_mlp_bot), ints(args.arch_mlp_top)
+        if dataset and args.data_set != "table":
             bottom = (13, *bottom[1:])
-        check_architecture(args, bottom, top)
-        check_compile_for(args)
+        check(args, bottom)
         pooling = args.weighted_pooling and ("fixed" if args.weighted_pooling == "fixed" else "learned")
         batch = args.mini_batch_size
         # --log-dir holds TensorBoard's files too, unless their flag was given a place of its own
@@ -151,7 +165,7 @@ class Config:
             ),
             loss=LossConfig(args.loss_function, tuple(map(float, args.loss_weights.split("-"))), args.loss_threshold),
             data=DataConfig(
-                source="kaggle" if dataset else "trace" if args.data_generation == "synthetic" else "random",
+                source=args.data_set if dataset else "trace" if args.data_generation == "synthetic" else "random",
                 table_rows=() if dataset else ints(args.arch_embedding_size),
                 batch_size=batch,
                 test_batch_size=args.test_mini_batch_size if args.test_mini_batch_size > 0 else batch,
@@ -173,6 +187,14 @@ class Config:
                 sub_sample_rate=args.data_sub_sample_rate,
                 drop_last=args.drop_last,
                 memory_map=args.memory_map,
+                schema_file=args.schema,
+                preprocess_bytes=parse_size("--preprocess-memory", args.preprocess_memory),
+                min_frequency=args.min_frequency,
+                vocabulary=args.vocabulary,
+                multi_hot_sizes=multi_hot_sizes(args.multi_hot_sizes),
+                multi_hot_distribution=args.multi_hot_distribution,
+                bin_loader=args.mlperf_bin_loader,
+                bin_shuffle=args.mlperf_bin_shuffle,
             ),
             train=TrainConfig(
                 args.nepochs, args.optimizer, args.learning_rate, args.lr_num_warmup_steps, args.lr_decay_start_step,

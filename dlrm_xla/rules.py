@@ -2,10 +2,20 @@
 
 import re
 
-from dlrm_xla.specs import MAX_INT32, UserError
+from dlrm_xla.specs import MAX_INT32, UserError, parse_size
 
 MAX_FLOAT32 = 3.4028234663852886e38
 MAX_BATCH_NUMBERS = 2**45  # 140 TB: NumPy's and torch's own messages beyond that do not speak of memory
+
+
+def check(args, bottom: tuple[int, ...]) -> None:
+    """Every rule. bottom: layers of the bottom MLP, its input as the data set has it. Raises UserError."""
+    refuse_unsupported(args)
+    check_choices(args)
+    check_numbers(args)
+    check_architecture(args, bottom, ints(args.arch_mlp_top))
+    check_data(args)
+    check_compile_for(args)
 
 
 def ints(text: str) -> tuple[int, ...]:
@@ -29,12 +39,6 @@ def refuse_unsupported(args) -> None:
             args.data_generation == "internal",
             "--data-generation=internal: needs a library that Meta has not published; use random, synthetic or dataset",
         ),
-        (
-            args.data_set == "terabyte",
-            "--data-set=terabyte: this version reads Criteo Kaggle files only; use --data-set=kaggle (--memory-map works with it)",
-        ),
-        (args.mlperf_bin_loader, "--mlperf-bin-loader: needs the terabyte data set, which this version does not read; leave it out"),
-        (args.mlperf_bin_shuffle, "--mlperf-bin-shuffle: needs --mlperf-bin-loader, which this version does not have; leave it out"),
         (args.plot_compute_graph, "--plot-compute-graph: upstream only ends with an error message here; --save-onnx writes the graph"),
         (args.local_rank != -1, f"--local_rank={args.local_rank}: this version trains in one process; leave it out"),
         (args.dist_backend != "", f"--dist-backend={args.dist_backend}: this version trains in one process; leave it out"),
@@ -56,7 +60,8 @@ def check_choices(args) -> None:
         ("qr-operation", args.qr_operation, ("mult", "add", "concat")),
         ("rand-data-dist", args.rand_data_dist, ("uniform", "gaussian")),
         ("data-randomize", args.data_randomize, ("total", "day", "none")),
-        ("data-set", args.data_set, ("kaggle",)),
+        ("data-set", args.data_set, ("kaggle", "terabyte", "table")),
+        ("multi-hot-distribution", args.multi_hot_distribution, ("uniform", "pareto")),
         ("table-layout", args.table_layout, ("auto", "rows", "packed")),
         ("quantize-mlp-with-bit", args.quantize_mlp_with_bit, (8, 16, 32)),
         ("quantize-emb-with-bit", args.quantize_emb_with_bit, (4, 8, 32)),
@@ -70,7 +75,8 @@ def check_numbers(args) -> None:
     at_least = (
         ("mini-batch-size", 1), ("data-size", 1), ("nepochs", 0), ("print-freq", 1), ("num-indices-per-lookup", 1), ("num-workers", 0),
         ("num-batches", 0), ("qr-collisions", 1), ("mlperf-grad-accum-iter", 1), ("lr-num-warmup-steps", 0), ("lr-decay-start-step", 0),
-        ("lr-num-decay-steps", 0), ("save-every", 0), ("arch-sparse-feature-size", 1), ("print-precision", 0), ("numpy-rand-seed", 0),
+        ("lr-num-decay-steps", 0), ("save-every", 0), ("min-frequency", 0), ("arch-sparse-feature-size", 1), ("print-precision", 0),
+        ("numpy-rand-seed", 0),
     )  # fmt: skip
     for name, least in at_least:
         value = getattr(args, name.replace("-", "_"))
@@ -196,14 +202,65 @@ def check_architecture(args, bottom, top) -> None:
             quantized(args) and args.save_onnx,
             "--save-onnx writes the weights as they were trained, in float32; leave it or the --quantize flags out",
         ),
-        (
-            args.data_generation == "dataset" and not (args.raw_data_file or args.processed_data_file),
-            "--data-generation=dataset needs --raw-data-file (Criteo text) or --processed-data-file",
-        ),
     )  # fmt: skip
     for wrong, message in rules:
         if wrong:
             raise UserError(message)
+
+
+def check_data(args) -> None:
+    """Which flags go with which --data-set."""
+    dataset, table, terabyte = args.data_generation == "dataset", args.data_set == "table", args.data_set == "terabyte"
+    rules = (
+        (
+            dataset and not (args.raw_data_file or args.processed_data_file),
+            "--data-generation=dataset needs --raw-data-file (Criteo text) or --processed-data-file",
+        ),
+        (
+            dataset and table and not args.schema,
+            "--data-set=table needs --schema=FILE, which says what each column is; python -m data_loaders.inspect FILE proposes one",
+        ),
+        (args.schema and not (dataset and table), f"--schema={args.schema}: describes a table; add --data-generation=dataset --data-set=table"),
+        (
+            dataset and table and args.data_sub_sample_rate > 0,
+            f"--data-sub-sample-rate={args.data_sub_sample_rate}: is for Criteo's data sets; leave it out with --data-set=table",
+        ),
+        (
+            args.mlperf_bin_loader and not (dataset and terabyte),
+            "--mlperf-bin-loader: reads the binary files of the Terabyte set; add --data-generation=dataset --data-set=terabyte",
+        ),
+        (args.mlperf_bin_shuffle and not args.mlperf_bin_loader, "--mlperf-bin-shuffle: is for --mlperf-bin-loader; add it"),
+        (
+            args.min_frequency > 0 and args.vocabulary != "",
+            f"--min-frequency={args.min_frequency} with --vocabulary: a vocabulary that exists is not counted again; leave one of them out",
+        ),
+        (
+            args.multi_hot_sizes != "" and not (dataset and not table),
+            "--multi-hot-sizes: makes bags from Criteo's single ids; add --data-generation=dataset --data-set=kaggle or terabyte",
+        ),
+    )
+    for name in ("min-frequency", "vocabulary", "schema"):
+        value = getattr(args, name.replace("-", "_"))
+        if value and not dataset:
+            raise UserError(f"--{name}={value}: is for files; add --data-generation=dataset")
+    for wrong, message in rules:
+        if wrong:
+            raise UserError(message)
+    multi_hot_sizes(args.multi_hot_sizes)
+    parse_size("--preprocess-memory", args.preprocess_memory)
+
+
+MLPERF_MULTI_HOT = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)  # MLPerf DLRMv2's
+
+
+def multi_hot_sizes(text: str) -> tuple[int, ...]:
+    """Of --multi-hot-sizes: () where it is empty. Commas, as the reference has them, or dashes."""
+    if text in ("", "mlperf"):
+        return MLPERF_MULTI_HOT if text else ()
+    parts = re.split("[,-]", text)
+    if not all(re.fullmatch(r"0*[1-9]\d{0,6}", part.strip(), re.ASCII) for part in parts):
+        raise UserError(f"--multi-hot-sizes={text}: must be a size from 1 for each table, separated by commas, or mlperf")
+    return tuple(int(part) for part in parts)
 
 
 def check_compile_for(args) -> None:

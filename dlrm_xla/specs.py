@@ -4,6 +4,7 @@ Shape legend, used in comments throughout: B rows in a batch (static; the last b
 one bag), S = sum of H over the tables (slots), D embedding dimension, N rows of a table, V rows of a store, F features that interact.
 """
 
+import re
 from dataclasses import dataclass
 
 MAX_INT32 = 2**31 - 1  # ids travel as int32; nothing that is counted here needs to be larger
@@ -45,3 +46,12 @@ def size_text(num_bytes: float) -> str:
         num_bytes /= 1000
         del units[0]
     return f"{num_bytes:.0f} {units[0]}" if units[0] == "bytes" or num_bytes >= 99.95 else f"{num_bytes:.3g} {units[0]}"
+
+
+def parse_size(flag: str, text: str) -> int:
+    """Bytes of "4GB", "512 MB", "2GiB", "1.5e9": powers of ten, or of 1024 with an i. Raises UserError, which names the flag."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text, re.ASCII)
+    if not found or (found[3] and not found[2]):
+        raise UserError(f"{flag}={text}: must be a size, as 4GB, 512MB or 2GiB")
+    exponent = "kmgt".index(found[2].lower()) + 1 if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** exponent)

@@ -8,6 +8,8 @@ from dlrm_xla import flags
 from dlrm_xla.config import Config
 from dlrm_xla.specs import UserError
 
+DATASET = ("--data-generation=dataset", "--raw-data-file=f")
+
 
 def config_of(*argv: str) -> Config:
     return Config.from_args(flags.parse(list(argv)))
@@ -197,6 +199,21 @@ CONCAT = ("--arch-mlp-bot=5-16-16", "--qr-flag", "--qr-operation=concat", "--qr-
         (["--mlperf-acc-threshold=0.5"], "works with --mlperf-logging only"),
         (["--mlperf-auc-threshold=0.5"], "works with --mlperf-logging only"),
         (["--rand-data-min=3", "--rand-data-max=2"], "--rand-data-min=3.0 is above --rand-data-max=2.0"),
+        (["--mlperf-bin-loader"], "add --data-generation=dataset --data-set=terabyte"),
+        (["--mlperf-bin-shuffle"], "--mlperf-bin-shuffle: is for --mlperf-bin-loader; add it"),
+        (["--schema=s.yaml"], "--schema=s.yaml: is for files; add --data-generation=dataset"),
+        (["--min-frequency=2"], "--min-frequency=2: is for files; add --data-generation=dataset"),
+        (["--vocabulary=v"], "--vocabulary=v: is for files; add --data-generation=dataset"),
+        (["--multi-hot-sizes=mlperf"], "--multi-hot-sizes: makes bags from Criteo's single ids"),
+        ([*DATASET, "--schema=s.yaml"], "--schema=s.yaml: describes a table"),
+        ([*DATASET, "--data-set=table"], "--data-set=table needs --schema=FILE"),
+        ([*DATASET, "--data-set=table", "--schema=s", "--multi-hot-sizes=1"], "--multi-hot-sizes: makes bags from Criteo's single ids"),
+        ([*DATASET, "--data-set=table", "--schema=s", "--data-sub-sample-rate=0.5"], "--data-sub-sample-rate=0.5: is for Criteo's data sets"),
+        ([*DATASET, "--multi-hot-sizes=3,0,1"], "--multi-hot-sizes=3,0,1: must be a size from 1 for each table"),
+        ([*DATASET, "--multi-hot-sizes=3,,1"], "must be a size from 1 for each table"),
+        ([*DATASET, "--multi-hot-sizes=a"], "separated by commas, or mlperf"),
+        ([*DATASET, "--mlperf-bin-loader"], "reads the binary files of the Terabyte set"),
+        ([*DATASET, "--min-frequency=2", "--vocabulary=v"], "leave one of them out"),
         (["--save-every=3"], "--save-every=3 needs --save-model=FILE"),
         (["--save-every=3", "--save-model=m.pt", "--inference-only"], "--save-every has nothing to save with --inference-only"),
         (["--use-gpu", "--use-tpu"], "the flags ask for two devices, cuda and xla"),
@@ -212,15 +229,28 @@ def test_flags_that_do_not_go_together(argv, message):
 
 
 @pytest.mark.parametrize(
+    "text, num_bytes",
+    [("4GB", 4 * 10**9), ("512MB", 512 * 10**6), ("2GiB", 2 * 2**30), ("1.5 g", 1_500_000_000), ("2e9", 2 * 10**9), ("0", 0), ("7kib", 7 * 1024)],
+)
+def test_sizes_as_people_write_them(text, num_bytes):
+    assert config_of(*SMALL, f"--preprocess-memory={text}").data.preprocess_bytes == num_bytes
+
+
+def test_multi_hot_sizes_by_commas_dashes_or_name():
+    assert config_of(*SMALL, *DATASET, "--multi-hot-sizes=3,2,1").data.multi_hot_sizes == (3, 2, 1)
+    assert config_of(*SMALL, *DATASET, "--multi-hot-sizes=3-2-1").data.multi_hot_sizes == (3, 2, 1)
+    sizes = config_of(*SMALL, *DATASET, "--multi-hot-sizes=mlperf").data.multi_hot_sizes
+    assert len(sizes) == 26 and sum(sizes) == 214 and max(sizes) == 100
+    assert config_of(*SMALL).data.multi_hot_sizes == ()
+
+
+@pytest.mark.parametrize(
     "flag, reason",
     [
         ("--activation-function=gelu", "always relu"),
         ("--optimizer=adam", "changes every row of every table in every step"),
         ("--optimizer=momentum", "use sgd, adagrad or rwsadagrad"),
         ("--data-generation=internal", "a library that Meta has not published"),
-        ("--data-set=terabyte", "reads Criteo Kaggle files only; use --data-set=kaggle (--memory-map works with it)"),
-        ("--mlperf-bin-loader", "needs the terabyte data set"),
-        ("--mlperf-bin-shuffle", "needs --mlperf-bin-loader"),
         ("--plot-compute-graph", "--save-onnx writes the graph"),
         ("--local_rank=0", "trains in one process"),
         ("--dist-backend=gloo", "trains in one process"),
@@ -236,7 +266,7 @@ def test_a_flag_that_cannot_be_honoured_is_refused_with_the_reason(flag, reason)
 
 CHOICES = {
     "loss-function": "hinge", "optimizer": "ftrl", "qr-operation": "sub", "rand-data-dist": "zipf", "data-randomize": "week",
-    "data-set": "avazu", "quantize-mlp-with-bit": "4", "quantize-emb-with-bit": "16",
+    "data-set": "avazu", "multi-hot-distribution": "normal", "quantize-mlp-with-bit": "4", "quantize-emb-with-bit": "16",
 }  # fmt: skip
 
 
@@ -246,13 +276,14 @@ def test_an_unknown_choice_names_the_known_ones(name, value):
     value = CHOICES[name] if value is None else value
     with pytest.raises(UserError, match=f"--{name}") as error:
         config_of(*SMALL, f"--{name}={value}")
-    assert "must be one of" in str(error.value) or "invalid int value" in str(error.value)
+    assert any(words in str(error.value) for words in ("must be one of", "invalid int value", "invalid choice"))
 
 
 LEAST = {
     "mini-batch-size": 1, "data-size": 1, "nepochs": 0, "print-freq": 1, "num-indices-per-lookup": 1, "num-workers": 0, "num-batches": 0,
     "qr-collisions": 1, "lr-num-warmup-steps": 0, "lr-decay-start-step": 0, "lr-num-decay-steps": 0, "save-every": 0,
-    "arch-sparse-feature-size": 1, "print-precision": 0, "numpy-rand-seed": 0, "test-num-workers": -1, "mlperf-grad-accum-iter": 1,
+    "min-frequency": 0, "arch-sparse-feature-size": 1, "print-precision": 0, "numpy-rand-seed": 0, "test-num-workers": -1,
+    "mlperf-grad-accum-iter": 1,
 }  # fmt: skip
 
 
@@ -260,7 +291,7 @@ LEAST = {
 def test_whole_numbers_have_a_least_and_a_largest_value(name):
     for value in (LEAST[name] - 1, -(10**30), 10**30):
         with pytest.raises(UserError, match=f"^--{name}={value}: must be"):
-            config_of(*SMALL, "--mlperf-logging", "--save-model=m.pt", f"--{name}={value}")
+            config_of(*SMALL, *DATASET, "--mlperf-logging", "--save-model=m.pt", f"--{name}={value}")
 
 
 @pytest.mark.parametrize("name", ["learning-rate", "rand-data-min", "rand-data-max", "rand-data-mu", "rand-data-sigma", "md-temperature",
@@ -290,6 +321,9 @@ def test_numbers_are_finite(name, value):
         ("--md-temperature=40", "must be from 0 (equal dimensions) to 4"),
         ("--numpy-rand-seed=4294967296", "must be below 2^32"),
         ("--loss-weights=nan-1", "must be finite numbers"),
+        ("--preprocess-memory=", "must be a size, as 4GB, 512MB or 2GiB"),
+        ("--preprocess-memory=-1GB", "must be a size"),
+        ("--preprocess-memory=4 gigs", "must be a size"),
         ("--loss-weights=1e39-1", "must be finite numbers"),
     ],
 )
