@@ -109,6 +109,8 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     if output.debug:
         debug.print_parameters(console.line, "initial", trainer)
     mlperf.submission(config.train.seed, config.data.batch_size, Path(output.run_dir))
+    if config.data.bin_loader:
+        mlperf.samples(data.train.num_rows, data.test.num_rows)
 
     # a checkpoint's weights and position
     progress = checkpoint.Progress()
@@ -158,7 +160,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     try:
         if output.save_onnx:
             first_batch = next(data.train.batches())
-            onnx_export.save_onnx(trainer, first_batch, config.data.from_files, onnx_path, console.line)
+            onnx_export.save_onnx(trainer, first_batch, config.data.from_files and max(data.hotness) == 1, onnx_path, console.line)
     finally:
         session.print_summary(paths)
 
@@ -179,7 +181,7 @@ def build(config: Config, specs: list[TableSpec], rng, backend, device: str = "c
     from dlrm_xla.train import Trainer
 
     compat = config.upstream_compat
-    replay_torch = config.method.kind is not None or (compat and config.data.num_workers > 0)
+    replay_torch = config.method.kind is not None or (compat and (config.data.num_workers > 0 or config.data.bin_shuffle))
     created = create_tables(specs, config.method, rng, replay_torch, compat)
     layout = backend.layout(config.table_layout)
     tables = EmbeddingCollection(created, config.model.weighted_pooling, RULES[config.train.optimizer](), layout, device)
@@ -194,27 +196,26 @@ def compile_only(config: Config) -> int:
 
     from data_loaders.open import open_dataset
     from dlrm_xla import compile_for, compile_report, tpu_compiler
+    from dlrm_xla.console import Console
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the compiler's process and its files go with this one
     tpu_compiler.require()
+    tpu_compiler.check_topology(config.compile_for)
     if config.json_file:
         compile_report.check_writable(Path(config.json_file))
     torch.manual_seed(config.train.seed)
     rng = np.random.RandomState(config.train.seed)
     tracer = backends.make_tracer()
-
-    def note(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    data = open_dataset(config, rng, note)
+    console = Console()  # goes on where nobody reads stdout any more
+    data = open_dataset(config, rng, console.note)
     config = config.with_num_dense(data.num_dense)
     specs = table_specs(config, data)
     trainer = build(config, specs, rng, tracer, device="meta")
     train = None if config.inference_only else next(data.train.batches())
-    steps = compile_for.compile_steps(trainer, tracer, train, next(data.test.batches(), None), config.compile_for, note)
-    print("\n".join(compile_report.lines(config, trainer.tables, steps)))
+    steps = compile_for.compile_steps(trainer, tracer, train, next(data.test.batches(), None), config.compile_for, console.note)
     if config.json_file:
         compile_report.write_json(Path(config.json_file), compile_report.as_json(config, trainer.tables, steps))
+    console.line("\n".join(compile_report.lines(config, trainer.tables, steps)))
     return 0 if all(step.passes for step in steps.values()) else 1
 
 

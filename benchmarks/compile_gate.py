@@ -21,12 +21,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from embedding_contenders import KAGGLE, ROOT
-from train_step import commit_of, machine, say
+from embedding_contenders import KAGGLE
+from report import ROOT, finish, heading, say
 
 # MLPerf DLRM's cardinalities of Criteo Terabyte with --max-ind-range=10000000
 TERABYTE = (
@@ -173,14 +172,9 @@ def main() -> None:
     if args.picture:
         draw(cases, args.picture)
     result = {
-        "benchmark": "compile_gate", "date": time.strftime("%Y-%m-%d"), "commit": commit_of(ROOT), "machine": machine(),
-        "bars": [{"bar": bar, "value": value, "kept": kept} for bar, value, kept in bars], "cases": cases,
+        **heading("compile_gate"), "bars": [{"bar": bar, "value": value, "kept": kept} for bar, value, kept in bars], "cases": cases,
     }  # fmt: skip
-    if args.out:
-        beside = args.out.with_name(args.out.name + ".tmp")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(beside, args.out)
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from embedding_contenders import ROOT, Case, cases, timed_product
-from train_step import commit_of, machine, median, say
+from embedding_contenders import Case, cases, timed_product
+from report import commit_of, finish, heading, median, say
 
 CONTENDERS = ("ours-cpu", "ours-xla", "upstream", "port2020", "torchrec")
 PARTS = ("step", "embedding")
@@ -196,20 +196,15 @@ def main() -> None:
     names = [f"{name}-{o}".removesuffix("-sgd") for o in args.optimizer for name in args.contenders if name.startswith("ours-")]
     names += [name for name in args.contenders if not name.startswith("ours-") and (name != "torchrec" or args.torchrec_python)]
     result = {
-        "benchmark": "embedding_step", "date": time.strftime("%Y-%m-%d"), "commit": commit_of(ROOT), "upstream_commit": commit_of(args.upstream),
-        "machine": machine(), "threads": args.threads, "rounds": args.rounds, "cases": {},
-    }  # fmt: skip
+        **heading("embedding_step"), "upstream_commit": commit_of(args.upstream), "threads": args.threads, "rounds": args.rounds, "cases": {},
+    }
     say(json.dumps(result["machine"]))
     for case in cases(args.cases, args.rows, args.batch):
         # dense gradients of 2 GB tables have nothing to say that the others do not
         chosen = [name for name in names if name != "port2020" or case.name != "multihot"]
         result["cases"][case.name] = measure(case, chosen, args)
     result["bars"] = compare_bars(result["cases"])
-    if args.out:
-        beside = args.out.with_name(args.out.name + ".tmp")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(beside, args.out)
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,11 +34,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from report import ROOT, commit_of, finish, heading, median, say
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from data_loaders.preprocess import PROCESSED_NAME, preprocess  # noqa: E402
+from data_loaders.preprocess import PROCESSED_NAME, preprocess
 
 BOTTOM, TOP, WIDTH, TABLES = (13, 512, 256, 64, 16), (367, 512, 256, 1), 16, 26
 MODEL = (
@@ -72,10 +69,6 @@ class Data:
         return epochs * self.train_rows + rest * batch_size
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 def prepare(folder: Path, raw: Path) -> Data:
     """Text and processed file side by side, where upstream looks for them."""
     text = folder / "kaggle" / "train.txt"
@@ -95,11 +88,6 @@ def copy_upstream(checkout: Path, folder: Path) -> tuple[Path, str]:
     target = folder / "upstream"
     shutil.copytree(checkout, target, ignore=shutil.ignore_patterns(".git", "*.png", "*.log", "torchrec_dlrm"))
     return target / "dlrm_s_pytorch.py", commit_of(checkout)
-
-
-def commit_of(checkout: Path) -> str:
-    done = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 @dataclass
@@ -230,25 +218,6 @@ def bounds(batch_sizes: list[int]) -> dict:
     return found
 
 
-def machine() -> dict:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
-    try:
-        import torch_xla
-
-        xla = torch_xla.__version__
-    except ImportError:
-        xla = None
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torch_xla": xla, "numpy": np.__version__}
-    return {
-        "cpu": model, "cores": psutil.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9), "threads": torch.get_num_threads(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(), "kernel": os.uname().release, "versions": versions,
-    }  # fmt: skip
-
-
-def median(values: list[float]) -> float:
-    return float(statistics.median(values))
-
-
 def compare(bench: Bench, names: list[str], batch_size: int, rounds: int, optimizers: list[str]) -> dict:
     """All variants in turn, `rounds` times; then their AUC."""
     runs: dict[str, list[dict]] = {name: [] for name in names}
@@ -303,8 +272,8 @@ def main() -> None:
         data = prepare(folder, args.raw)
         bench = Bench(data, program, args.attempts)
         result = {
-            "benchmark": "train_step", "date": time.strftime("%Y-%m-%d"), "commit": commit_of(ROOT), "upstream_commit": upstream_commit,
-            "machine": machine(), "train_rows": data.train_rows, "rounds": args.rounds, "bounds": bounds(args.batch), "batch": {},
+            **heading("train_step"), "upstream_commit": upstream_commit, "train_rows": data.train_rows, "rounds": args.rounds,
+            "bounds": bounds(args.batch), "batch": {},
         }  # fmt: skip
         say(json.dumps(result["machine"]))
         say(json.dumps(result["bounds"]))
@@ -314,11 +283,7 @@ def main() -> None:
         for name, own in block["variants"].items():
             aucs = ", ".join(f"AUC {key} {value:.4f}" for key, value in own["auc"].items())
             say(f"batch {size:>5}  {name:<10} {own['rows_per_s']:>9,.0f} rows/s  {own['step_ms']:>7.2f} ms  {own['ratio']:.2f}x upstream  {aucs}")
-    if args.out:
-        beside = args.out.with_name(args.out.name + ".tmp")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(beside, args.out)
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

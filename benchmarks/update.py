@@ -14,9 +14,7 @@ table's bytes (weights only). Process CPU time is given beside the time that pas
 """
 
 import argparse
-import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -24,8 +22,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from embedding_contenders import ROOT, check_barrier
-from train_step import commit_of, machine, median, say
+from embedding_contenders import check_barrier
+from report import finish, heading, median, say
 
 from dlrm_xla import backends
 from dlrm_xla.optim import RULES
@@ -121,8 +119,8 @@ def main() -> None:
         say(f"round {number + 1}/{args.rounds}")
     cases.clear()
     result = {
-        "benchmark": "update", "date": time.strftime("%Y-%m-%d"), "commit": commit_of(ROOT), "machine": machine(), "device": args.device,
-        "barrier": rates, "width": args.width, "lookups": args.lookups, "rounds": args.rounds, "cases": [],
+        **heading("update"), "device": args.device, "barrier": rates, "width": args.width, "lookups": args.lookups, "rounds": args.rounds,
+        "cases": [],
     }  # fmt: skip
     least, most = min(args.rows), max(args.rows)
     say(f"{'rule':<11} {'layout':<7} " + " ".join(f"{rows:>11,}" for rows in args.rows) + "  growth (CPU)   extra memory")
@@ -140,11 +138,7 @@ def main() -> None:
             f"{rule:<11} {layout:<7} " + " ".join(f"{value[0]:>8.2f} ms" for value in milliseconds.values())
             + f"  {growth:.2f} ({cpu_growth:.2f}) {bar}  {memory:.1%}"
         )  # fmt: skip
-    if args.out:
-        beside = args.out.with_name(args.out.name + ".tmp")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(beside, args.out)
-    print(json.dumps(result))
+    finish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from data_loaders.random_data import RandomDataSpec, RandomSplit, WorkerRandomSp
 from dlrm_xla.batch import Dataset, Split
 from dlrm_xla.config import Config
 from dlrm_xla.specs import UserError
+
+MULTI_HOT_IN_MEMORY = 4  # companions' tables of --multi-hot-sizes larger than --preprocess-memory over this lie in a file beside the data
 
 
 @dataclass
@@ -25,35 +28,95 @@ class RandomDataset:
 
 
 def open_dataset(config: Config, rng: np.random.RandomState, print_line: Callable[[str], None]) -> Dataset:
-    """rng is the run's stream: the permutation of the rows comes from it, before the weights do.
+    """rng is the run's stream: the permutation of the rows comes from it, before the weights do. print_line gets upstream's lines."""
+    if config.data.source == "table":
+        return open_table_files(config, rng)
+    if config.data.from_files:
+        return open_criteo_files(config, rng, print_line)
+    return open_random(config, rng)
 
-    Random data has streams of its own, so that neither a test pass nor a look at the data changes what is trained on; with
-    --upstream-compat it shares the run's.
-    """
+
+def note(line: str) -> None:
+    """What a user should know and upstream does not print."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def open_table_files(config: Config, rng: np.random.RandomState) -> Dataset:
+    from data_loaders.table import open_table  # pyarrow
+
     data = config.data
-    if data.source == "kaggle":
-        from data_loaders.criteo import open_criteo  # pyarrow
+    return open_table(
+        schema_file=data.schema_file,
+        raw_data_file=data.raw_data_file,
+        processed_data_file=data.processed_data_file,
+        data_randomize=data.randomize,
+        max_ind_range=data.max_ind_range,
+        batch_size=data.batch_size,
+        test_batch_size=data.test_batch_size,
+        drop_last=data.drop_last,
+        num_batches=data.num_batches,
+        memory_map=data.memory_map,
+        memory_bytes=data.preprocess_bytes,
+        min_frequency=data.min_frequency,
+        vocabulary=data.vocabulary,
+        rng=rng,
+        seed=config.train.seed,
+        progress=sys.stderr.isatty(),
+        print_line=note,
+    )
 
-        return open_criteo(
-            data_set=data.source,
-            raw_data_file=data.raw_data_file,
-            processed_data_file=data.processed_data_file,
-            data_randomize=data.randomize,
-            max_ind_range=data.max_ind_range,
-            sub_sample_rate=data.sub_sample_rate,
-            batch_size=data.batch_size,
-            test_batch_size=data.test_batch_size,
-            drop_last=data.drop_last,
-            num_batches=data.num_batches,
-            rng=rng,
-            # upstream draws the sub-sampling from the run's stream, so its first run differs from its second
-            preprocess_rng=rng if config.upstream_compat else np.random.RandomState(config.train.seed),
-            progress=sys.stderr.isatty(),
-            print_line=print_line,
-            upstream_compat=config.upstream_compat,
-            memory_map=data.memory_map,
-            seed=config.train.seed,
-        )
+
+def open_criteo_files(config: Config, rng: np.random.RandomState, print_line: Callable[[str], None]) -> Dataset:
+    from data_loaders.criteo import open_criteo  # pyarrow
+
+    data = config.data
+    opened = open_criteo(
+        data_set=data.source,
+        raw_data_file=data.raw_data_file,
+        processed_data_file=data.processed_data_file,
+        data_randomize=data.randomize,
+        max_ind_range=data.max_ind_range,
+        sub_sample_rate=data.sub_sample_rate,
+        batch_size=data.batch_size,
+        test_batch_size=data.test_batch_size,
+        drop_last=data.drop_last,
+        num_batches=data.num_batches,
+        rng=rng,
+        # upstream draws the sub-sampling from the run's stream, so its first run differs from its second
+        preprocess_rng=rng if config.upstream_compat else np.random.RandomState(config.train.seed),
+        progress=sys.stderr.isatty(),
+        print_line=print_line,
+        upstream_compat=config.upstream_compat,
+        memory_map=data.memory_map,
+        seed=config.train.seed,
+        mlperf=config.output.mlperf,
+        bin_loader=data.bin_loader,
+        bin_shuffle=data.bin_shuffle,
+        memory_bytes=data.preprocess_bytes,
+        min_frequency=data.min_frequency,
+        vocabulary=data.vocabulary,
+        note=note,
+    )
+    if not data.multi_hot_sizes:
+        return opened
+    from data_loaders.multi_hot import MultiHotSplit, MultiHotTables
+
+    tables = MultiHotTables.make(
+        data.multi_hot_sizes,
+        opened.table_rows,
+        data.multi_hot_distribution,
+        Path(data.processed_data_file or data.raw_data_file).absolute().parent,
+        data.preprocess_bytes // MULTI_HOT_IN_MEMORY,
+        sys.stderr.isatty(),
+    )
+    halves = {half: MultiHotSplit(getattr(opened, half), tables) for half in ("train", "test")}
+    return replace(opened, hotness=tables.hotness, **halves)
+
+
+def open_random(config: Config, rng: np.random.RandomState) -> Dataset:
+    """Random data has streams of its own, so that neither a test pass nor a look at the data changes what is trained on; with
+    --upstream-compat it shares the run's."""
+    data = config.data
     data_size = data.data_size
     if data.drop_last and data.num_batches == 0:
         data_size -= data_size % data.batch_size
@@ -80,19 +143,16 @@ def open_dataset(config: Config, rng: np.random.RandomState, print_line: Callabl
         replace_every_j=config.upstream_compat,
     )
 
-    def warn(message: str) -> None:
-        print(message, file=sys.stderr)
-
     def said_already(message: str) -> None:
         """The test half reads the same trace files."""
 
     if not config.upstream_compat:
         test_spec = replace(spec, batch_size=data.test_batch_size)
         seed = config.train.seed
-        train = RandomSplit(spec, np.random.RandomState(seed), warn)
+        train = RandomSplit(spec, np.random.RandomState(seed), note)
         test = RandomSplit(test_spec, np.random.RandomState(seed), said_already)
     elif data.num_workers:
-        train, test = (WorkerRandomSplit(spec, data.num_workers, say) for say in (warn, said_already))
+        train, test = (WorkerRandomSplit(spec, data.num_workers, say) for say in (note, said_already))
     else:
-        train, test = RandomSplit(spec, rng, warn), RandomSplit(spec, rng, said_already)
+        train, test = RandomSplit(spec, rng, note), RandomSplit(spec, rng, said_already)
     return RandomDataset(spec.table_rows, spec.hotness, spec.num_dense, train, test)

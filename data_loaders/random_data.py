@@ -112,8 +112,8 @@ class RandomSplit:
         self.num_rows = spec.num_batches * spec.batch_size or spec.data_size
         self._traces = open_traces(spec, warn) if spec.distribution == "trace" else ()
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """One epoch from batch `start`; the batches before it are drawn and dropped, for the stream has no shortcut."""
+    def batches(self, start: int = 0, epoch: int = 0) -> Iterator[Batch]:
+        """One epoch, all are the same, from batch `start`; the batches before it are drawn and dropped, for the stream has no shortcut."""
         for index in range(self.num_batches):
             if index == 0:
                 self.rng.seed(self.spec.seed)
@@ -140,7 +140,7 @@ class WorkerRandomSplit(RandomSplit):
         super().__init__(spec, np.random.RandomState(spec.seed), warn)
         self.num_workers = num_workers
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """One epoch from batch `start`. Takes one number from torch's global generator at the call, as making a DataLoader's iterator does."""
         base_seed = int(torch.empty((), dtype=torch.int64).random_().item())
         return self._epoch([np.random.RandomState(worker_seed(base_seed, worker)) for worker in range(self.num_workers)], start)

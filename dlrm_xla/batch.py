@@ -63,8 +63,11 @@ class Split(Protocol):
     num_batches: int
     batch_size: int
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """One epoch from batch number `start` (0 = the beginning): the batches that a full epoch would give from there on."""
+    def batches(self, start: int = 0, epoch: int = 0) -> Iterator[Batch]:
+        """One epoch from batch number `start` (0 = the beginning): the batches that a full epoch would give from there on.
+
+        epoch: its number, from 0, for a split whose order changes from epoch to epoch.
+        """
 
 
 class Dataset(Protocol):

@@ -32,7 +32,8 @@ class StepReport:
     """One program.
 
     error        "" or why it does not compile;  used, usable: GiB, from the compiler's message where memory is the reason
-    memory       bytes by MEMORY: parameters by what they are, padding included; outputs that take over no input's memory; what else lies on the chip
+    memory       bytes by MEMORY: parameters by what they are, padding included; outputs that take over no input's memory; what else lies on the chip.
+                 Of a program that does not fit: parameters without padding, and the temporaries that the compiler's message names
     layouts      buffer name -> its type in the compiled program;  padding: bytes of buffers beyond their numbers
     copies       what it makes of a table's size in the chip's large memory;  moved: bytes through on-chip memory
     not_donated  buffers that the step changes and that got other memory for their new contents
@@ -105,27 +106,16 @@ def compile_steps(
 def judge(step: "TracedStep", compiled: Compiled, stores: list[RowStore], sizes: dict[str, int], usable: float) -> StepReport:
     """sizes: bytes of every tensor of state_of, without padding."""
     if compiled.error:
-        numbers = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", compiled.error)
-        used = _gib(numbers[1], numbers[2]) if numbers else None
-        usable = _gib(numbers[3], numbers[4]) if numbers else usable
-        return StepReport(" ".join(compiled.error.split())[:300], used, usable, compiled.seconds, {}, {}, 0, [], 0, {}, [])
+        return _without_program(step, compiled, stores, sizes, usable)
     types = hlo.parameters(compiled.text)
-    padded: dict[str, int] = dict.fromkeys(MEMORY, 0)
+    arrays = dict(zip(step.parameters, types, strict=True))
     layouts, padding = {}, 0
-    for name, array in zip(step.parameters, types, strict=True):
+    for name, array in arrays.items():
         kind, _, short = name.partition(":")
-        size = array.padded_bytes
         if kind in ("tables", "row state"):
-            buffer = short.partition(".")[2]
-            store = stores[int(re.match(r"store(\d+)", short)[1])]
-            a_row = sum(max(region.width, 1) for region in store.regions.values() if region.buffer == buffer) or 1  # of the scratch
             layouts[short] = str(array)
-            padding += size - 4 * store.num_rows * a_row
-            if kind == "tables":  # a record and a packed buffer hold the rows' state too
-                padded["row state"] += size - size * store.width // a_row
-                size = size * store.width // a_row
-        if name:
-            padded[kind] += size
+            padding += array.padded_bytes - 4 * sum(_numbers(short, stores))
+    padded = _by_kind({name: array.padded_bytes for name, array in arrays.items() if name}, stores)
     padded["batch and constants"] = compiled.arguments - sum(padded.values())
     padded["outputs"] = compiled.outputs - compiled.aliased
     padded["temporaries"], padded["code"] = compiled.temporaries, compiled.code
@@ -139,6 +129,37 @@ def judge(step: "TracedStep", compiled: Compiled, stores: list[RowStore], sizes:
     lost = [step.parameters[number].partition(":")[2] for number in step.donated if number not in kept]
     lost = [name for name in lost if name in layouts]
     return StepReport("", None, usable, compiled.seconds, padded, layouts, padding, copies, moved, hlo.collectives(compiled.text), lost)
+
+
+def _without_program(step: "TracedStep", compiled: Compiled, stores: list[RowStore], sizes: dict[str, int], usable: float) -> StepReport:
+    """Of a program that does not compile, from the compiler's message."""
+    numbers = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", compiled.error)
+    used, memory = None, {}
+    if numbers:
+        used, usable = _gib(numbers[1], numbers[2]), _gib(numbers[3], numbers[4])
+        memory = _by_kind({name: sizes[name] for name in step.parameters if name}, stores)
+        temporaries = re.search(r"HLO temp +([\d.]+)([KMGT]?)", compiled.error)
+        memory["temporaries"] = int(_gib(temporaries[1], temporaries[2]) * 2**30) if temporaries else 0
+    return StepReport(" ".join(compiled.error.split())[:300], used, usable, compiled.seconds, memory, {}, 0, [], 0, {}, [])
+
+
+def _by_kind(sizes: dict[str, int], stores: list[RowStore]) -> dict[str, int]:
+    """Bytes of a program's parameters, by their names in state_of, added up by MEMORY. A record and a packed buffer hold the rows' state too."""
+    found = dict.fromkeys(MEMORY, 0)
+    for name, size in sizes.items():
+        kind, _, short = name.partition(":")
+        if kind == "tables":
+            weights, others = _numbers(short, stores)
+            found["row state"] += size - size * weights // (weights + others)
+            size = size * weights // (weights + others)
+        found[kind] += size
+    return found
+
+
+def _numbers(short: str, stores: list[RowStore]) -> tuple[int, int]:
+    """Weights and other numbers of the buffer "storeI.NAME"."""
+    store, _, buffer = short.partition(".")
+    return stores[int(store.removeprefix("store"))].numbers(buffer)
 
 
 def _gib(number: str, unit: str) -> float:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dlrm_xla import hlo
-from dlrm_xla.compile_for import MEMORY, StepReport
+from dlrm_xla.compile_for import LEAST_BYTES, MEMORY, StepReport
 from dlrm_xla.config import Config
 from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.layouts import LANES, lane_stride
@@ -15,6 +15,7 @@ from dlrm_xla.stores import RowStore
 from dlrm_xla.tpu_compiler import VERSIONS
 
 LINE_BYTES = 4 * LANES  # the least of a float32 table that a TPU's memory hands over: one line of a tile of 8 x 128
+SHARE_BYTES = 100e6  # temporaries are compared with tables from this size on: beside smaller ones a batch is large, whatever the program does
 MOVES = 3  # of a row in a training step: read to look it up, read and written to update it
 WORDS = {
     "tables": "tables", "row state": "optimizer state of rows", "dense": "dense parameters", "dense state": "optimizer state of dense",
@@ -52,16 +53,18 @@ def _beside(path: Path) -> Path:
 def lines(config: Config, tables: EmbeddingCollection, steps: dict[str, StepReport]) -> list[str]:
     """The page."""
     data, auto = config.data, config.table_layout == "auto"
+    batches = f"{config.train.optimizer}, batches of {data.batch_size} (test {data.test_batch_size})"
+    if config.inference_only:
+        batches = f"test batches of {data.test_batch_size}"
     page = [
-        f"compiled for {config.compile_for}, one chip, by libtpu {VERSIONS['libtpu']}: {config.train.optimizer}, batches of "
-        f"{data.batch_size} (test {data.test_batch_size})",
+        f"compiled for {config.compile_for}, one chip, by libtpu {VERSIONS['libtpu']}: {batches}",
         f"tables: {tables.describe()}{', the choice of --table-layout=auto for a TPU' if auto else ''}",
         "",
     ]
     failed = {name: step for name, step in steps.items() if step.error}
     for name, step in failed.items():
         if step.used is not None:
-            page.append(f"{name}: DOES NOT FIT: needs {step.used:.2f} GiB and {step.usable:.2f} GiB can be used")
+            page += [_does_not_fit(name, step.used, step.usable), _largest(step)]
         else:
             page.append(f"{name}: DOES NOT COMPILE: {step.error}")
     good = {name: step for name, step in steps.items() if not step.error}
@@ -72,10 +75,34 @@ def lines(config: Config, tables: EmbeddingCollection, steps: dict[str, StepRepo
     layouts = {name: text for step in good.values() for name, text in step.layouts.items()}
     if layouts:
         page += ["", "bytes that one lookup moves between the chip and its memory (512 bytes at a time):"]
-        page += [_lookup_line(index, store, layouts[f"store{index}.data"]) for index, store in enumerate(tables.stores)]
+        page += [_lookup_line(index, store, layouts[f"store{index}.data"], config.inference_only) for index, store in enumerate(tables.stores)]
+    if any(step.used is not None or step.total > step.usable * 2**30 for step in steps.values()):
+        page += ["", f"to make it fit: {_ways_out(config, tables, steps)}"]
     passed = all(step.passes for step in steps.values())
     page += ["", "result: " + ("it fits and no step copies a table" if passed else "FAILED, see above")]
     return page
+
+
+def _does_not_fit(name: str, needed: float, usable: float) -> str:
+    return f"{name}: DOES NOT FIT: needs {needed:.2f} GiB and {usable:.2f} GiB can be used"
+
+
+def _largest(step: StepReport) -> str:
+    """Of a program that does not fit."""
+    kinds = [kind for kind in MEMORY if step.memory[kind] or kind in ("tables", "row state", "temporaries")]
+    return f"  {', '.join(f'{WORDS[kind]} {size_text(step.memory[kind])}' for kind in kinds)}; {size_text(step.usable * 2**30)} can be used"
+
+
+def _ways_out(config: Config, tables: EmbeddingCollection, steps: dict[str, StepReport]) -> str:
+    """Flags, those first that keep every number."""
+    ways = ["--table-layout=packed (rows are padded or copied without it)"] if tables.layout.name == "rows" else []
+    if any(step.memory.get("temporaries", 0) > step.memory.get("tables", 0) for step in steps.values()):
+        ways.append("smaller batches (--mini-batch-size, --test-mini-batch-size)")
+    ways.append(f"fewer rows ({'--max-ind-range' if config.data.from_files else '--arch-embedding-size'}, --qr-flag)")
+    ways.append("shorter rows (--arch-sparse-feature-size, --md-flag)")
+    if config.train.optimizer != "sgd":
+        ways.append(f"less state a row (--optimizer={'rwsadagrad or sgd' if config.train.optimizer == 'adagrad' else 'sgd'})")
+    return ", ".join(ways)
 
 
 def _memory(steps: dict[str, StepReport]) -> list[str]:
@@ -87,25 +114,23 @@ def _memory(steps: dict[str, StepReport]) -> list[str]:
     limit = next(iter(steps.values())).usable
     share = f"{f'of {limit:.2f} GiB to use':<{width}}"
     rows.append(share + "".join(f"{100 * step.total / (step.usable * 2**30):>14.1f} %" for step in steps.values()))
-    rows.append(f"{'temporaries / tables':<{width}}" + "".join(f"{100 * _temporary_share(step):>14.1f} %" for step in steps.values()))
+    if all(step.memory["tables"] >= SHARE_BYTES for step in steps.values()):
+        shares = [100 * step.memory["temporaries"] / step.memory["tables"] for step in steps.values()]
+        rows.append(f"{'temporaries / tables':<{width}}" + "".join(f"{share:>14.1f} %" for share in shares))
     rows.append(f"{'padding of tables, state':<{width}}" + "".join(f"{size_text(step.padding):>16}" for step in steps.values()))
     rows.append(f"{'through on-chip memory':<{width}}" + "".join(f"{size_text(step.moved):>16}" for step in steps.values()))
     rows.append(f"{'seconds to compile':<{width}}" + "".join(f"{step.seconds:>16.1f}" for step in steps.values()))
     return rows
 
 
-def _temporary_share(step: StepReport) -> float:
-    return step.memory["temporaries"] / max(1, step.memory["tables"])
-
-
 def _faults(name: str, step: StepReport) -> list[str]:
     made = [f"{copy.op} {copy.name} {copy.array} {size_text(copy.array.padded_bytes)}" for copy in step.copies]
     more = [f"and {len(made) - 3} more"] if len(made) > 3 else []
-    page = [f"{name}: copies of a table's size: {'; '.join(made[:3] + more) or 'none'}"]
+    page = [f"{name}: copies of a table's size: {'; '.join(made[:3] + more) or f'none of {LEAST_BYTES >> 20} MiB or more'}"]
     if step.not_donated:
         page.append(f"{name}: NOT UPDATED IN PLACE: {', '.join(step.not_donated)}")
     if step.total > step.usable * 2**30:
-        page.append(f"{name}: DOES NOT FIT: needs {step.total / 2**30:.2f} GiB and {step.usable:.2f} GiB can be used")
+        page.append(_does_not_fit(name, step.total / 2**30, step.usable))
     sent = ", ".join(f"{count} {kind} of {size_text(size)}" for kind, (count, size) in step.collectives.items())
     return [*page, f"{name}: sent to other chips: {sent or 'nothing'}"]
 
@@ -123,13 +148,11 @@ def bytes_a_lookup(store: RowStore, layout: str, array: hlo.Array | None) -> int
     return LINE_BYTES * (record if across else -(-record // LANES))
 
 
-def _lookup_line(index: int, store: RowStore, text: str) -> str:
+def _lookup_line(index: int, store: RowStore, text: str, inference_only: bool) -> str:
     here, other = _moves(store, text)
     name = "rows" if store.layout.name == "packed" else "packed"
-    return (
-        f"  store {index}: {store.num_rows:,} x {store.record_width} {text}: {here:,} ({MOVES * here:,} with the update); "
-        f"with --table-layout={name}: {other:,} ({MOVES * other:,})"
-    )
+    update, of_other = ("", "") if inference_only else (f" ({MOVES * here:,} with the update)", f" ({MOVES * other:,})")
+    return f"  store {index}: {store.num_rows:,} x {store.record_width} {text}: {here:,}{update}; with --table-layout={name}: {other:,}{of_other}"
 
 
 def _moves(store: RowStore, text: str) -> tuple[int, int]:

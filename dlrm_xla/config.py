@@ -212,6 +212,6 @@ class Config:
             quantize_mlp_bits=args.quantize_mlp_with_bit,
             quantize_embedding_bits=args.quantize_emb_with_bit,
             upstream_compat=args.upstream_compat,
-            compile_for=args.compile_for,
+            compile_for=args.compile_for or "",
             json_file=args.json,
         )

@@ -247,7 +247,7 @@ class Console:
         except BrokenPipeError:
             _drop_output(stream)
             if stream is self._out:
-                self.note("stdout has no reader any more; the run goes on, and its figures are in the run folder")
+                self.note("stdout has no reader any more; the run goes on, and its files are written")
         except OSError as error:
             _drop_output(stream)
             name = "stdout" if stream is self._out else "stderr"

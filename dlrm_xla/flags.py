@@ -167,7 +167,7 @@ def build_parser() -> Parser:
     option(ours, "--config", str, "", "YAML of these names; flags given beside it win", "FILE")
     option(ours, "--save-every", int, 0, "also write --save-model every N batches; resuming is exact")
     option(ours, "--table-layout", str, "auto", "rows, or packed in lines of 128; auto: packed on a TPU", choices=["auto", "rows", "packed"])
-    option(ours, "--compile-for", str, "", "do not train: compile both steps for a TPU that need not be there, and judge them; as v5e:2x2", "TPU")
+    option(ours, "--compile-for", str, None, "do not train: compile both steps for a TPU that need not be there, and judge them; as v5e:2x2", "TPU")
     option(ours, "--json", str, "", "with --compile-for: the report as JSON", "FILE")
     option(ours, "--matmul-precision", str, "float32", "of the MLPs' matrix products", choices=["float32", "bfloat16"])
     option(ours, "--schema", str, "", "--data-set=table: YAML that says what each column is; python -m data_loaders.inspect proposes one", "FILE")

@@ -265,7 +265,7 @@ def multi_hot_sizes(text: str) -> tuple[int, ...]:
 
 def check_compile_for(args) -> None:
     """--compile-for builds nothing that lives longer than its report, on no device."""
-    if not args.compile_for:
+    if args.compile_for is None:
         if args.json:
             raise UserError(f"--json={args.json}: is the report of --compile-for; add --compile-for=v5e:2x2 or leave it out")
         return

@@ -88,7 +88,7 @@ class Session:
         num_batches = progress.num_batches
         progress.epoch, progress.batch = epoch, first_batch
         trainer.meter.start_epoch(first_batch)
-        batches = self.read_ahead(self.data.train.batches(first_batch))
+        batches = self.read_ahead(self.data.train.batches(first_batch, epoch))
         try:
             for index in range(first_batch, num_batches):
                 self.meter.waiting()

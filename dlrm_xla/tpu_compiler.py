@@ -25,7 +25,11 @@ from dlrm_xla.specs import UserError
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = "requirements-tpu-compiler.txt"
 VERSIONS = {"jax": "0.7.1", "jaxlib": "0.7.1", "libtpu": "0.0.21"}  # what torch_xla 2.9.0 itself names for its TPU extras
-GENERATIONS = ("v4", "v5e", "v5p", "v6e")
+# of each generation some that there are; tests/test_compile_for.py asks libtpu about them
+TOPOLOGIES = {
+    "v4": ("2x2x1", "2x2x2", "2x2x4", "4x4x4"), "v5e": ("2x2", "2x4", "4x4", "8x8", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "4x4x4"), "v6e": ("2x2", "2x4", "4x4", "8x8", "16x16"),
+}  # fmt: skip
 # two cores of a v4 chip are one device, as on a real v4 under torch_xla; the others have no such choice
 CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 # what torch_xla sets for libtpu where it finds a TPU (torch_xla/__init__.py), so that the same compiler options are at work
@@ -63,6 +67,17 @@ def require(versions: dict[str, str] = VERSIONS) -> None:
                 f"--compile-for needs {name} {wanted} and {state}; get the TPU compiler with: pip install -r {REQUIREMENTS} "
                 "(Linux x86-64, Python 3.11 or 3.12)"
             )
+
+
+def check_topology(topology: str) -> None:
+    """UserError, without a start of the compiler, for one that libtpu refuses: its chips come in hosts of 2 x 2 x 1. "GENERATION:AxB" or "AxBxC"."""
+    generation, _, shape = topology.partition(":")
+    sizes = [int(size) for size in shape.split("x")]
+    if sizes[0] % 2 or sizes[1] % 2 or 0 in sizes:
+        raise UserError(
+            f"--compile-for={topology}: there are TPUs of 2 x 2 chips and multiples of that, so the first two numbers must be even; as "
+            f"{', '.join(f'{generation}:{example}' for example in TOPOLOGIES[generation])} (the program of one chip is the same for all of them)"
+        )
 
 
 def compile_programs(

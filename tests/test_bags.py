@@ -131,6 +131,17 @@ def test_join():
                 np.testing.assert_allclose(total, one.get(row, 0.0) + two.get(row, 0.0), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_join_where_some_have_no_weights(first):
+    """A learned or padded table beside one whose bags are full: ones stand for the weights that the other lacks."""
+    matrix, rows, filled, weights, _ = draw(8, 6, 8, 4)
+    _, more, _, _, _ = draw(9, 3, 2, 4)
+    parts = [(rows, filled, weights), (more, None, None)][:: 1 if first else -1]
+    both = ops.join([ops.pack(r, f, None if w is None else w.float()) for r, f, w in parts])
+    expected = torch.cat([slow_sums(matrix, *part) for part in parts])
+    torch.testing.assert_close(ops.bag_sum(matrix.float(), both).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_learned_weights_get_their_gradient():
     matrix, rows, filled, weights, grads = draw(7, 11, 6, 5)
     (ours,) = torch.autograd.grad((ops.bag_sum(matrix, ops.pack(rows, filled, weights.requires_grad_())) * grads).sum(), weights)

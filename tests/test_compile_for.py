@@ -7,18 +7,24 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, WITHOUT_XLA
+from conftest import ROOT, xla_or_skip
 from test_cost import STEP_ON_XLA
 
 import run_dlrm
 from data_loaders.open import open_dataset
 from dlrm_xla import backends, compile_for, compile_report, flags, hlo, tpu_compiler
+from dlrm_xla.backends.xla import TracedStep
 from dlrm_xla.config import Config
+from dlrm_xla.layouts import PackedLayout
+from dlrm_xla.optim import SGD
 from dlrm_xla.specs import UserError
+from dlrm_xla.stores import RowStore
+from dlrm_xla.tpu_compiler import Compiled
 
 HAS_WHEELS = sys.platform == "linux" and platform.machine() == "x86_64" and sys.version_info < (3, 13)
 # 19 MB of tables: more than a batch of 64 could explain
@@ -68,6 +74,9 @@ def test_packed_tables_are_updated_in_place(compiled, tmp_path, optimizer, topol
         {"rows": 300_050, "width": 16, "record_width": record, "bytes_a_lookup": 512, "other_layout": 512 * record}
     ]
     assert "result: it fits and no step copies a table" in outcome.out and len(outcome.out.splitlines()) <= 40
+    assert "training step: copies of a table's size: none of 1 MiB or more\n" in outcome.out
+    assert "temporaries / tables" not in outcome.out, "19 MB of tables: the share would be the batch's size in other words"
+    assert "(1,536 with the update)" in outcome.out and "to make it fit" not in outcome.out
     assert outcome.err.splitlines() == [f"compiling the test step for {topology}", f"compiling the training step for {topology}"]
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "no run folder"
 
@@ -83,8 +92,17 @@ def test_a_layout_that_the_compiler_copies_fails(compiled):
 
 
 def test_inference_only_compiles_the_test_step(compiled):
-    outcome, report = compiled("v4:2x2x1", "--inference-only")
+    outcome, report = compiled("v4:2x2x1", "--inference-only", "--test-mini-batch-size=32")
     assert outcome.code == 0 and set(report["steps"]) == {"test step"}
+    assert outcome.out.startswith("compiled for v4:2x2x1, one chip, by libtpu 0.0.21: test batches of 32\n")
+    assert "update" not in outcome.out and ": 512; with --table-layout=rows: 8,192\n" in outcome.out
+
+
+def test_temporaries_are_compared_with_large_tables(compiled):
+    outcome, report = compiled("v5e:2x2", "--arch-embedding-size=1600000", "--inference-only")
+    step = report["steps"]["test step"]
+    share = 100 * step["memory"]["temporaries"] / step["memory"]["tables"]
+    assert f"temporaries / tables{share:>20.1f} %\n" in outcome.out
 
 
 def test_stores_of_several_widths(compiled):
@@ -93,13 +111,34 @@ def test_stores_of_several_widths(compiled):
 
 
 def test_a_model_that_does_not_fit(compiled):
-    """19 GB of tables, traced without memory for them."""
-    outcome, report = compiled("v5e:2x2", "--arch-embedding-size=300000000")
+    """19 GB of tables and 1.2 GB of sums, traced without memory for them."""
+    outcome, report = compiled("v5e:2x2", "--arch-embedding-size=300000000", "--optimizer=rwsadagrad")
     assert outcome.code == 1 and not report["passes"]
     step = report["steps"]["training step"]
-    assert step["used"] == pytest.approx(300e6 * 16 * 4 / 2**30, abs=0.05) and step["usable"] == compile_for.USABLE_GIB["v5e"]
-    assert f"training step: DOES NOT FIT: needs {step['used']:.2f} GiB and 15.75 GiB can be used" in outcome.out
+    assert step["used"] == pytest.approx(300e6 * 17 * 4 / 2**30, abs=0.05) and step["usable"] == compile_for.USABLE_GIB["v5e"]
+    assert step["memory"]["tables"] == pytest.approx(300e6 * 16 * 4, rel=1e-6)
+    assert step["memory"]["row state"] == pytest.approx(300e6 * 4, rel=1e-6)
+    assert 0 < step["memory"]["temporaries"] < 100e6
+    page = outcome.out.splitlines()
+    first = page.index(f"training step: DOES NOT FIT: needs {step['used']:.2f} GiB and 15.75 GiB can be used")
+    assert page[first + 1].startswith("  tables 19.2 GB, optimizer state of rows 1.2 GB, dense parameters ") and "temporaries" in page[first + 1]
+    assert page[first + 1].endswith("; 16.9 GB can be used")
+    assert (
+        "to make it fit: fewer rows (--arch-embedding-size, --qr-flag), shorter rows (--arch-sparse-feature-size, --md-flag), "
+        "less state a row (--optimizer=sgd)"
+    ) in page
     assert "Traceback" not in outcome.err
+
+
+def test_a_model_that_only_copies_make_too_large(compiled):
+    """Rows of 64 numbers: 6.7 GB of tables, which libtpu turns around into 13.3 GB of padded ones."""
+    outcome, report = compiled(
+        "v5e:2x2", "--arch-embedding-size=26000000", "--arch-sparse-feature-size=64", "--arch-mlp-bot=5-8-64", "--table-layout=rows"
+    )
+    memory = report["steps"]["training step"]["memory"]
+    assert outcome.code == 1 and memory["temporaries"] > 1.9 * memory["tables"] > 0
+    (advice,) = [line for line in outcome.out.splitlines() if line.startswith("to make it fit: ")]
+    assert "--table-layout=packed" in advice and "--mini-batch-size" in advice and "--optimizer" not in advice
 
 
 def traced(optimizer: str, layout: str, *model: str):
@@ -111,12 +150,12 @@ def traced(optimizer: str, layout: str, *model: str):
     return compile_for.trace_steps(trainer, tracer, batch, batch)["training step"]
 
 
-@pytest.mark.skipif(WITHOUT_XLA != "", reason=WITHOUT_XLA or "-")
 @pytest.mark.parametrize("optimizer, layout", [("rwsadagrad", "packed"), ("adagrad", "rows")])
 def test_the_traced_program_is_the_one_that_a_run_executes(tmp_path, optimizer, layout):
     """Same parameters, same outputs, same donated memory as in the program that torch_xla hands to the compiler."""
     from test_cost import MODEL
 
+    xla_or_skip()
     tests = Path(__file__).resolve().parent
     environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text", "PJRT_DEVICE": "CPU", "OMP_NUM_THREADS": "1"}
     code = STEP_ON_XLA.format(root=str(ROOT), tests=str(tests))
@@ -131,6 +170,7 @@ def test_the_traced_program_is_the_one_that_a_run_executes(tmp_path, optimizer, 
     donors = re.search(r"buffer_donor=\{(.*?)\}, entry", executed.split("\n", 1)[0])[1]
     assert set(step.donated) == {int(number) for number in re.findall(r"\((\d+), \{\}\)", donors)}
     assert len([name for name in step.parameters if name.startswith("tables")]) == 1
+    assert not re.search(r"= s32\[\d+\]\S* constant\(", step.hlo), "numbers counted up come as data, not written into the program one by one"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +178,7 @@ def test_the_traced_program_is_the_one_that_a_run_executes(tmp_path, optimizer, 
     [
         (["--compile-for=v5e"], "--compile-for=v5e: must be a TPU's name and its chips, as v4:2x2x1"),
         (["--compile-for=v9:2x2"], "--compile-for=v9:2x2: must be"),
+        (["--compile-for="], "--compile-for=: must be a TPU's name and its chips"),
         (["--json=x.json"], "--json=x.json: is the report of --compile-for"),
         (["--compile-for=v5e:2x2", "--device=cpu"], "--device=cpu is none; leave --device out"),
         (["--compile-for=v5e:2x2", "--use-gpu"], "compiles for a TPU"),
@@ -154,9 +195,58 @@ def test_what_makes_no_sense_is_one_line(cli, tmp_path, argv, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_topology_that_the_compiler_does_not_know(cli, compiler):
-    outcome = cli(*SMALL, "--compile-for=v5e:3x7", device=None)
-    assert outcome.error.startswith("--compile-for=v5e:3x7: ") and len(outcome.err.splitlines()) == 1
+@pytest.mark.parametrize("topology", ["v5e:3x1", "v5e:1x2", "v6e:2x0", "v4:2x2x0", "v5p:4x3x2"])
+def test_a_topology_that_the_compiler_refuses(cli, compiler, monkeypatch, topology):
+    """One line that says which there are, before minutes of tracing."""
+    monkeypatch.setattr(compile_for, "trace_steps", None)
+    outcome = cli(*SMALL, f"--compile-for={topology}", device=None)
+    assert outcome.error.startswith(f"--compile-for={topology}: there are TPUs of 2 x 2 chips") and len(outcome.err.splitlines()) == 1
+    generation = topology.split(":")[0]
+    assert f"as {generation}:{tpu_compiler.TOPOLOGIES[generation][0]}, {generation}:" in outcome.error
+
+
+ASK_LIBTPU = """
+import json, os, sys
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+from jax.experimental import topologies
+from dlrm_xla.tpu_compiler import CHIP_CONFIG
+known = {}
+for name in sys.argv[1:]:
+    try:
+        topologies.get_topology_desc(platform="tpu", topology_name=name, **CHIP_CONFIG.get(name.split(":")[0], {}))
+        known[name] = True
+    except Exception as error:
+        known[name] = False
+print(json.dumps(known))
+"""
+
+
+def test_the_rule_of_topologies_is_libtpus(compiler, tmp_path):
+    shapes = ("1x1", "1x2", "2x1", "2x2", "2x3", "2x4", "3x1", "4x2", "4x6", "0x2", "2x0", "1x1x1", "2x2x1", "2x2x3", "2x1x2", "2x2x0", "6x4x5")
+    names = {f"{generation}:{shape}" for generation, examples in tpu_compiler.TOPOLOGIES.items() for shape in (*shapes, *examples)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", ASK_LIBTPU, *sorted(names)], env=environment, capture_output=True, text=True, check=True)
+
+    def accepted(name: str) -> bool:
+        try:
+            tpu_compiler.check_topology(name)
+        except UserError:
+            return False
+        return True
+
+    assert {name: accepted(name) for name in names} == json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_report_that_nobody_reads(cli_process, tmp_path, compiler):
+    """`run_dlrm.py ... | true`: the verdict and the JSON file are there all the same."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        outcome = cli_process(*SMALL, "--inference-only", "--compile-for=v5e:2x2", "--json=report.json", device=None, stdout=writer)
+    finally:
+        os.close(writer)
+    assert outcome.code == 0 and "Exception" not in outcome.err and outcome.err.count("stdout has no reader any more") == 1, outcome.err
+    assert json.loads((tmp_path / "report.json").read_text())["passes"]
 
 
 def test_json_that_cannot_be_written(cli, tmp_path, compiler):
@@ -254,6 +344,25 @@ def test_table_sized_copies_are_seen(extra, found):
     assert moved == 500 * 128 * 4
     assert hlo.donated(program) == {0} and len(hlo.parameters(program)) == 2
     assert hlo.collectives(program) == {"all-reduce": (1, 9 * 128 * 4)}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_buffer_that_is_not_updated_in_place_fails(kept):
+    """The compiled program takes over the memory that it is given, or does not."""
+    store = RowStore(1000, 128, SGD(), PackedLayout(), "meta")
+    step = TracedStep("", ("tables:store0.data", ""), (0,))
+    program = PROGRAM.replace("EXTRA\n", "")
+    if not kept:
+        program = program.replace("input_output_alias={ {0}: (0, {}, may-alias) }, ", "")
+    compiled = Compiled("", program, arguments=600_000, outputs=512_032, aliased=512_000 if kept else 0, temporaries=100)
+    report = compile_for.judge(step, compiled, [store], {"tables:store0.data": 512_000}, 15.75)
+    assert (report.not_donated, report.passes) == (([], True) if kept else (["store0.data"], False))
+    assert report.memory["tables"] == 512_000 and report.memory["batch and constants"] == 88_000
+    config = Config.from_args(flags.parse(["--compile-for=v5e:2x2"]))
+    tables = SimpleNamespace(describe=lambda: "1", stores=[store], layout=store.layout)
+    page = compile_report.lines(config, tables, {"training step": report})
+    assert ("training step: NOT UPDATED IN PLACE: store0.data" in page) != kept
+    assert page[-1] == ("result: it fits and no step copies a table" if kept else "result: FAILED, see above")
 
 
 def test_donated_arguments_are_marked():

@@ -181,6 +181,42 @@ def test_mean_pooling_equals_torchs(layout):
     torch.testing.assert_close(collection.lookup(full, None).pooled[0, 0], (tables[0][1] + 2 * tables[0][2]) / 3)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_learned_weights_of_a_mean(layout, padded):
+    rng = np.random.RandomState(0)
+    collection = EmbeddingCollection([make("plain", TableSpec("emb_l.0", 9, DIM, 3, "mean"), rng)], "learned", RULES["sgd"](), LAYOUTS[layout])
+    with torch.no_grad():
+        collection.v_W_l[0].copy_(torch.arange(1.0, 10.0))
+    rows = collection.part_rows(collection.segments[0][0]).clone()
+    ids = torch.tensor([[4, 8, 0 if padded else 2]], dtype=torch.int32)
+    pooled = collection.lookup(ids, torch.tensor([[1.0, 1.0, 0.0]]) if padded else None).pooled[0, 0]
+    torch.testing.assert_close(pooled, (5 * rows[4] + 9 * rows[8]) / 2 if padded else (5 * rows[4] + 9 * rows[8] + 3 * rows[2]) / 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rule", RULES)
+def test_one_update_from_several_lookups(rule, layout):
+    """Batches whose gradients are accumulated: the rule sees the sum of all of a row's gradients times `scale`."""
+    rng = np.random.RandomState(0)
+    specs = [TableSpec("emb_l.0", 5, DIM, 1), TableSpec("emb_l.1", 7, DIM, 3)]
+    collection = EmbeddingCollection([make("plain", spec, rng) for spec in specs], None, RULES[rule](), LAYOUTS[layout])
+    before = [collection.part_rows(segment).double().clone() for (segment,) in collection.segments]
+    gradients, lookups = [torch.zeros_like(rows) for rows in before], []
+    for _ in range(2):
+        ids = torch.from_numpy(np.concatenate([rng.randint(0, 5, (BATCH, 1)), rng.randint(0, 7, (BATCH, 3))], 1)).int()
+        direction = torch.from_numpy(rng.standard_normal((BATCH, 2, DIM)))
+        lookups.append(collection.lookup(ids, None))
+        (lookups[-1].pooled * direction.float()).sum().backward()
+        for table, columns in enumerate((ids[:, :1], ids[:, 1:])):
+            for column in columns.T.long():
+                gradients[table].index_add_(0, column, direction[:, table] / 2)
+    collection.update(lookups, torch.tensor(-0.5), 0.5)
+    for rows, gradient, (segment,) in zip(before, gradients, collection.segments, strict=True):
+        size = {"sgd": 1.0, "adagrad": gradient.abs() + 1e-10, "rwsadagrad": gradient.square().mean(1, keepdim=True).sqrt() + 1e-10}[rule]
+        torch.testing.assert_close(collection.part_rows(segment).double(), rows - 0.5 * gradient / size, atol=1e-5, rtol=1e-5)
+
+
 def test_a_wrong_pooling_is_refused():
     with pytest.raises(ValueError, match="pooling is 'max'; it must be sum or mean"):
         TableSpec("emb_l.0", 9, DIM, 3, "max")

@@ -15,7 +15,7 @@ BY_NAME = {flag["name"]: flag for flag in SNAPSHOT}
 SWITCHES = [flag["name"] for flag in SNAPSHOT if flag["kind"] in ("bool", "store_true")]
 PORT = {"--use-tpu": False, "--tpu-cores": 1, "--drop-last": False, "--tpu-metrics-debug": False}
 OURS = {
-    "--device": "auto", "--log-dir": "", "--config": "", "--save-every": 0, "--table-layout": "auto", "--compile-for": "", "--json": "",
+    "--device": "auto", "--log-dir": "", "--config": "", "--save-every": 0, "--table-layout": "auto", "--compile-for": None, "--json": "",
     "--matmul-precision": "float32", "--schema": "", "--preprocess-memory": "4GB", "--min-frequency": 0, "--vocabulary": "",
     "--multi-hot-sizes": "", "--multi-hot-distribution": "uniform", "--upstream-compat": False,
 }  # fmt: skip

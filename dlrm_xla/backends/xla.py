@@ -93,8 +93,6 @@ class XlaBackend:
         return met.metrics_report()
 
 
-
-
 @dataclass(frozen=True)
 class TracedStep:
     """A step as the program that a run would hand to the compiler.
