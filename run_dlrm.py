@@ -137,7 +137,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
 
     def reader(num_workers: int):
         depth = 0 if shared_stream else 2 * max(1, num_workers)
-        return lambda batches: read_ahead(batches, depth)
+        return lambda batches: read_ahead(batches, depth, max(1, num_workers))
 
     session = Session(
         config, trainer, data, console, tracker, mlperf, reader(config.data.num_workers), reader(config.data.test_num_workers), resolved,

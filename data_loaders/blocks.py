@@ -35,7 +35,8 @@ class Block:
     keys     one array for each column: [n] uint32 or uint64, or, multi-hot, [sum of lengths], bag after bag
     lengths  one array [n] int32 for each multi-hot column, None for the others
     part     number of the part that the rows belong to; a block does not cross parts
-    when     [n] int64, the time of each row in any unit, where rows are split by time
+    when     [n] int64, the time of each row in any unit, where rows are split by time; or, with SplitRule.cuts where rows were left out, its
+             number among the raw rows, from 0
     """
 
     labels: np.ndarray
@@ -58,12 +59,14 @@ class Mark:
     byte   of the text, decompressed, where the next row begins
     line   its number, counted from 1 in the file (Parquet: row number)
     rows   handed on before it, over all files
+    left_out   raw rows before it, over all files, that were not handed on (sub-sampling)
     """
 
     file: int
     byte: int
     line: int
     rows: int
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,14 @@ class SplitRule:
                rows at or after it; or those at or after `start`, where that is given
     fraction   the last `test` of all rows
     parts      the parts whose numbers are in `parts`
+    cuts above 0: parts are that many equal cuts of the raw rows, the remainder in the first ones, whatever Block.part says (Kaggle's days)
     """
 
     by: str  # "last_day" | "time" | "fraction" | "parts"
     test: float = 0.0
     start: int | None = None
     parts: tuple[int, ...] = ()
+    cuts: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ class Source(Protocol):
     part_names   names of the parts (days, files) that rows are numbered through with, in order
     number_type  "int32" (Criteo's counts, not transformed) or "float32" for labels and dense columns
     split        which rows are for testing
-    describe()   what the source is, for the key of unfinished work and for the manifest: JSON-able, the same for the same raw files and flags
+    describe()   what the source is, for the key of unfinished work and for the manifest: JSON-able, the same for the same raw files and flags.
+                 Its entry "flags", a dictionary, becomes Manifest.flags. (data_loaders.build adds the files' fingerprints itself.)
     """
 
     files: tuple[Path, ...]

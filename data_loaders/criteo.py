@@ -1,83 +1,65 @@
-"""Criteo Kaggle as mini-batches: opens the raw or the processed file, splits it into train and test as upstream does, gathers batches.
+"""The Criteo sets as mini-batches: opens the raw or the processed files, splits them into train and test as upstream does.
 
 Differs from upstream: rows stay in one packed int32 array and a batch is one gather (upstream keeps lists of arrays and builds tensors from
 lists, 1.2 ms per 128 rows); the file is read once for both halves; with --memory-map the same file is read, not a second set of files; a
 processed file made with other flags, or from another raw file, is refused; the place that --processed-data-file names is also the place
-that is written.
+that is written; with --mlperf-logging --memory-map, batches of the Terabyte set straddle days as ever, and days shorter than a batch do
+not pile up in one giant batch at the end (with --upstream-compat they do).
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_loaders.criteo_map import MappedRows, map_npz
-from data_loaders.criteo_npz import DAMAGE, Processed, RawFingerprint, cause, read_array, read_npz
+from data_loaders import mlperf_bin
+from data_loaders.arrays import is_arrays
+from data_loaders.criteo_map import read_processed
+from data_loaders.criteo_npz import Processed, cause
+from data_loaders.criteo_set import SETS, CriteoSet, check_meta, rows_of_days
+from data_loaders.criteo_split import CriteoDataset, CriteoSplit, upstreams_last_batch
 from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
-from data_loaders.preprocess import DAYS, PROCESSED_NAME, day_count_file, preprocess, split_days
+from data_loaders.preprocess import preprocess, preprocess_terabyte
 from data_loaders.reorder import MappedOrder, OrderKey, order_file, stored_order
-from dlrm_xla.batch import Batch, pad_rows
 from dlrm_xla.specs import UserError
 
 RANDOMIZE_CHOICES = ("total", "day", "none")
 
 
-class CriteoSplit:
-    """Rows order[0], order[1], ... of the packed array (order None: rows `first` to `first + num_rows - 1` as they lie), as batches."""
-
-    def __init__(
-        self,
-        packed: torch.Tensor | MappedRows,
-        order: torch.Tensor | MappedOrder | None,
-        *,
-        first: int = 0,
-        num_rows: int,
-        batch_size: int,
-        max_ind_range: int = -1,
-        drop_last: bool = False,
-        num_batches: int = 0,
-    ):
-        """packed [n, 40] int32 = label | 13 counts | 26 ids; order [num_rows] int64; num_batches above 0 caps an epoch's batches."""
-        self.num_rows = num_rows
-        self.batch_size = min(batch_size, num_rows)
-        whole, rest = divmod(num_rows, self.batch_size)
-        available = whole if drop_last or rest == 0 else whole + 1
-        self.num_batches = min(num_batches, available) if num_batches > 0 else available
-        self._packed, self._order, self._first, self._max_ind_range = packed, order, first, max_ind_range
-
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """One epoch from batch number `start`; every epoch has the same order, as upstream's."""
-        for number in range(start, self.num_batches):
-            yield self.batch(number)
-
-    def batch(self, number: int) -> Batch:
-        """Batch `number` of the epoch: dense = log(count + 1) in float32, no weights, padded rows at the end of the last one."""
-        begin = number * self.batch_size
-        end = min(begin + self.batch_size, self.num_rows)
-        if self._order is None:
-            rows = self._packed[self._first + begin : self._first + end]
-        else:
-            rows = self._packed.index_select(0, self._order[begin:end])  # [B, 40]
-        ids = rows[:, 1 + NUM_DENSE :]
-        ids = ids % self._max_ind_range if self._max_ind_range > 0 else ids.contiguous()
-        dense = torch.log(rows[:, 1 : 1 + NUM_DENSE].to(torch.float32) + 1)
-        batch = Batch(dense, ids, None, rows[:, :1].to(torch.float32), end - begin)
-        return pad_rows(batch, self.batch_size)
-
-
 @dataclass
-class CriteoDataset:
-    """Both halves, and what the model needs to know of the columns (dlrm_xla.batch.Dataset)."""
+class _Ready:
+    """Opened rows. made_now: this run made them; order and drawn: of --memory-map (data_loaders.reorder)."""
 
-    table_rows: tuple[int, ...]
-    hotness: tuple[int, ...]
-    num_dense: int
-    bayes_auc: float | None
-    train: CriteoSplit
-    test: CriteoSplit
+    data: Processed
+    rows_of_days: np.ndarray
+    path: Path
+    made_now: bool
+    order: MappedOrder | None = None
+    drawn: bool = False
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The flags that say which rows, checked."""
+
+    criteo: CriteoSet
+    raw: Path | None
+    path: Path
+    data_randomize: str
+    max_ind_range: int
+    sub_sample_rate: float
+    min_frequency: int
+    vocabulary: str
+    memory_bytes: int
+    memory_map: bool
+    upstream_compat: bool
+    seed: int
+    rng: np.random.RandomState
+    preprocess_rng: np.random.RandomState
+    progress: bool
 
 
 def open_criteo(
@@ -99,6 +81,13 @@ def open_criteo(
     upstream_compat: bool = False,
     memory_map: bool = False,
     seed: int = 0,
+    mlperf: bool = False,
+    bin_loader: bool = False,
+    bin_shuffle: bool = False,
+    memory_bytes: int = 4 * 10**9,
+    min_frequency: int = 0,
+    vocabulary: str = "",
+    note: Callable[[str], None] = lambda line: None,
 ) -> CriteoDataset:
     """The data set of upstream's flags of the same names; preprocesses first where the processed file does not exist.
 
@@ -109,10 +98,16 @@ def open_criteo(
     memory_map      rows stay in the file and so does the train order (data_loaders.reorder). Where that is not there it is drawn: from a
                     stream of its own that starts at `seed`, or, with upstream_compat, from the run's
     seed            of the run; the stored order holds for one seed
+    mlperf          --mlperf-logging; matters with upstream_compat only, see the module
+    bin_loader      read the binary files of data_loaders.mlperf_bin; made first where they are not there
+    bin_shuffle     with bin_loader: train batches in another order in each epoch
+    memory_bytes, min_frequency, vocabulary   of preprocessing (data_loaders.build.Options)
+    note            gets what a user should know and upstream does not print
     Raises UserError for whatever is wrong with the flags or with the files.
     """
-    if data_set != "kaggle":
-        raise UserError(f"--data-set={data_set} is not supported; the choice is kaggle")
+    criteo = SETS.get(data_set)
+    if criteo is None:
+        raise UserError(f"--data-set={data_set} is not Criteo's; choose one of {', '.join(SETS)}")
     if data_randomize not in RANDOMIZE_CHOICES:
         raise UserError(f"--data-randomize={data_randomize} is unknown; choose one of {', '.join(RANDOMIZE_CHOICES)}")
     if not 0 <= sub_sample_rate <= 1:
@@ -120,64 +115,114 @@ def open_criteo(
     if not raw_data_file and not processed_data_file:
         raise UserError("no data: name Criteo's text with --raw-data-file=PATH, or a processed file with --processed-data-file=PATH")
     raw = Path(raw_data_file) if raw_data_file else None
-    path = Path(processed_data_file) if processed_data_file else raw.parent / PROCESSED_NAME
-    ready = path.exists()
+    request = _Request(
+        criteo, raw, Path(processed_data_file) if processed_data_file else criteo.processed(raw), data_randomize, max_ind_range,
+        sub_sample_rate, min_frequency, vocabulary, memory_bytes, memory_map or bin_loader, upstream_compat, seed, rng, preprocess_rng,
+        progress,
+    )  # fmt: skip
+    reading_raw, reading_processed = f"Reading raw data={raw_data_file}", f"Reading pre-processed data={processed_data_file}"
+
+    def mapped() -> _Ready:
+        """With upstream's lines of --memory-map."""
+        ready = _open(request, lambda: print_line(reading_raw))
+        if not ready.made_now:
+            print_line(reading_raw if ready.drawn and raw is not None else reading_processed)
+        features = f"Sparse features= {NUM_SPARSE}, Dense features= {NUM_DENSE}"
+        for line in (features, reading_processed, features):
+            print_line(line)
+        return ready
+
+    if bin_loader:
+        if data_set != "terabyte":
+            raise UserError(f"--mlperf-bin-loader with --data-set={data_set}: reads binary files of the Terabyte set; add --data-set=terabyte")
+
+        def source() -> mlperf_bin.BinSource:
+            ready = mapped()
+            return mlperf_bin.BinSource(ready.data, ready.rows_of_days, ready.order)
+
+        made_with = mlperf_bin.MadeWith(max(max_ind_range, 0), float(sub_sample_rate), min_frequency, data_randomize)
+        return mlperf_bin.open_bins(
+            mlperf_bin.bin_stem(request.path), criteo.id_count_file(raw) if raw is not None else None, made_with, source,
+            batch_size=batch_size, test_batch_size=test_batch_size, drop_last=drop_last, num_batches=num_batches, seed=seed,
+            shuffle=bin_shuffle, draw_as_upstream=upstream_compat, progress=progress, print_line=print_line, note=note,
+        )  # fmt: skip
+    if memory_map:
+        ready = mapped()
+        order = ready.order
+    else:
+        ready = _open(request, lambda: print_line(reading_raw))
+        # Upstream looks only where the flag says: without the flag it goes by the raw file every time
+        again = reading_processed if processed_data_file else reading_raw
+        if not ready.made_now:
+            print_line(again)
+        order = _train_order(ready.rows_of_days, data_randomize, rng)
+        _train_order(ready.rows_of_days, data_randomize, rng)  # upstream's test half draws it too
+        for line in (*_half_lines("train", data_randomize), again, *_half_lines("test", data_randomize)):
+            print_line(line)
+
+    counts, days = ready.data.counts, ready.rows_of_days
+    fold = max_ind_range if 0 < max_ind_range < counts.max() else -1  # ids below max_ind_range are their own remainder
+    num_train, num_test = int(days[:-1].sum()), (int(days[-1]) + 1) // 2
+    piles_up = upstream_compat and mlperf and memory_map and data_set == "terabyte" and not drop_last
+    train = CriteoSplit(
+        ready.data.packed, order, num_rows=num_train, batch_size=batch_size, max_ind_range=fold, drop_last=drop_last,
+        num_batches=num_batches, last_batch=upstreams_last_batch(days[:-1].tolist(), batch_size) if piles_up else None,
+    )  # fmt: skip
+    test = CriteoSplit(
+        ready.data.packed, None, first=num_train, num_rows=num_test, batch_size=test_batch_size, max_ind_range=fold, num_batches=num_batches
+    )
+    table_rows = np.minimum(counts, max_ind_range) if max_ind_range > 0 else counts
+    bayes_auc = _bayes_auc(criteo, raw) if raw is not None and sub_sample_rate == 0 else None
+    return CriteoDataset(tuple(int(rows) for rows in table_rows), (1,) * NUM_SPARSE, NUM_DENSE, bayes_auc, train, test)
+
+
+def _open(request: _Request, announce: Callable[[], None]) -> _Ready:
+    """The processed rows, made first (after announce()) where they are not there, checked against the flags; with --memory-map, their order."""
+    criteo, raw, path = request.criteo, request.raw, request.path
+    ready = is_arrays(path) if path.is_dir() else path.exists()
+    if path.is_dir() and not ready and any(path.iterdir()):
+        raise UserError(f"--processed-data-file={path}: a folder without manifest.json, so not a processed set; name another place, or empty it")
     if not ready:
-        if raw is None:
-            raise UserError(f"--processed-data-file={path}: no such file; to make it, name Criteo's text with --raw-data-file=PATH")
-        print_line(f"Reading raw data={raw_data_file}")
-        flags = {"max_ind_range": max_ind_range, "sub_sample_rate": sub_sample_rate}
-        preprocess(raw, path, **flags, rng=preprocess_rng, progress=progress)
-    # Upstream looks only where the flag says: without the flag it goes by the raw file every time
-    again = f"Reading pre-processed data={processed_data_file}" if processed_data_file else f"Reading raw data={raw_data_file}"
-    if ready and not memory_map:
-        print_line(again)
-    data = map_npz(path) if memory_map else read_npz(path)
+        _make(request, announce)
+    data = read_processed(path, mapped=request.memory_map, progress=request.progress)
+    asked = {"max_ind_range": request.max_ind_range, "sub_sample_rate": request.sub_sample_rate, "min_frequency": request.min_frequency}
     if data.meta is not None:
-        _check_meta(data, path, raw, max_ind_range, sub_sample_rate)
-    elif 0 < max_ind_range < data.counts.max() and not upstream_compat:
+        check_meta(criteo, data.meta, path, raw, asked, request.vocabulary)
+    elif 0 < request.max_ind_range < data.counts.max() and not request.upstream_compat:
         raise UserError(
-            f"{path}: has columns of up to {data.counts.max()} ids, so it was not made with --max-ind-range={max_ind_range}; "
+            f"{path}: has columns of up to {data.counts.max()} ids, so it was not made with --max-ind-range={request.max_ind_range}; "
             "delete it, choose another --processed-data-file, or fold its ids with --upstream-compat"
         )
-    total_per_file = _rows_of_days(data, path, raw)
-    packed = data.packed if memory_map else torch.from_numpy(data.packed)
-    num_train, num_last = int(total_per_file[:-1].sum()), int(total_per_file[-1])
-    if num_train == 0 or num_last == 0:
-        raise UserError(
-            f"{path}: {len(packed)} rows are too few: the last of {len(total_per_file)} days is for test, the others for training"
-        )
-    fold = max_ind_range if 0 < max_ind_range < data.counts.max() else -1  # ids below max_ind_range are their own remainder
+    elif request.min_frequency or request.vocabulary:
+        flag = f"--min-frequency={request.min_frequency}" if request.min_frequency else f"--vocabulary={request.vocabulary}"
+        raise UserError(f"{path}: is a file of upstream's, which knows no {flag.split('=')[0]}; leave {flag} out or choose another file")
+    days = rows_of_days(criteo, data, path, raw)
+    if days[:-1].sum() == 0 or days[-1] == 0:
+        raise UserError(f"{path}: {len(data.packed)} rows are too few: the last of {len(days)} days is for test, the others for training")
+    if not request.memory_map:
+        return _Ready(data, days, path, not ready)
+    order, drawn = stored_order(
+        order_file(path),
+        OrderKey(request.seed, request.data_randomize, tuple(days.tolist())),
+        request.rng if request.upstream_compat else None,
+        made_now=not ready,
+        sampled_rows=data.meta.raw_rows if data.meta is not None and request.sub_sample_rate > 0 else 0,
+        progress=request.progress,
+    )
+    return _Ready(data, days, path, not ready, order, drawn)
 
-    if memory_map:
-        order, drawn = stored_order(
-            order_file(path),
-            OrderKey(seed, data_randomize, tuple(total_per_file.tolist())),
-            rng if upstream_compat else None,
-            made_now=not ready,
-            sampled_rows=data.meta.raw_rows if data.meta is not None and sub_sample_rate > 0 else 0,
-        )
-        again = f"Reading pre-processed data={processed_data_file}"
-        if ready:
-            print_line(f"Reading raw data={raw_data_file}" if drawn and raw is not None else again)
-        announce = [f"Sparse features= {NUM_SPARSE}, Dense features= {NUM_DENSE}"]
-        halves = announce, announce
-    else:
-        order = _train_order(total_per_file, data_randomize, rng)
-        _train_order(total_per_file, data_randomize, rng)  # upstream's test half draws it too
-        halves = _half_lines("train", data_randomize), _half_lines("test", data_randomize)
-    for line in (*halves[0], again, *halves[1]):
-        print_line(line)
-    train = CriteoSplit(
-        packed, order, num_rows=num_train, batch_size=batch_size, max_ind_range=fold, drop_last=drop_last, num_batches=num_batches
-    )
-    num_test = (num_last + 1) // 2
-    test = CriteoSplit(
-        packed, None, first=num_train, num_rows=num_test, batch_size=test_batch_size, max_ind_range=fold, num_batches=num_batches
-    )
-    table_rows = np.minimum(data.counts, max_ind_range) if max_ind_range > 0 else data.counts
-    bayes_auc = _bayes_auc(raw) if raw is not None and sub_sample_rate == 0 else None
-    return CriteoDataset(tuple(int(rows) for rows in table_rows), (1,) * NUM_SPARSE, NUM_DENSE, bayes_auc, train, test)
+
+def _make(request: _Request, announce: Callable[[], None]) -> None:
+    """Preprocesses."""
+    if request.raw is None:
+        raise UserError(f"--processed-data-file={request.path}: no such file; to make it, name Criteo's text with --raw-data-file=PATH")
+    announce()
+    make = preprocess if request.criteo.name == "kaggle" else preprocess_terabyte
+    make(
+        request.raw, request.path, max_ind_range=request.max_ind_range, sub_sample_rate=request.sub_sample_rate, rng=request.preprocess_rng,
+        progress=request.progress, memory_bytes=request.memory_bytes, min_frequency=request.min_frequency,
+        vocabulary=Path(request.vocabulary) if request.vocabulary else None,
+    )  # fmt: skip
 
 
 def _train_order(total_per_file: np.ndarray, data_randomize: str, rng: np.random.RandomState) -> torch.Tensor | None:
@@ -201,53 +246,13 @@ def _half_lines(half: str, data_randomize: str) -> list[str]:
     return lines
 
 
-def _check_meta(data: Processed, path: Path, raw: Path | None, max_ind_range: int, sub_sample_rate: float) -> None:
-    """Refuses a file of ours that was made with other flags or from another raw file (if the raw file is still there to compare)."""
-    way_out = "delete it or choose another --processed-data-file"
-    # 0 and every negative number mean the same: no limit
-    asked = (
-        ("--max-ind-range", max(data.meta.max_ind_range, 0) or -1, max(max_ind_range, 0) or -1),
-        ("--data-sub-sample-rate", float(data.meta.sub_sample_rate), float(sub_sample_rate)),
-        ("number of days", data.meta.days, DAYS),
-    )
-    for flag, of_file, wanted in asked:
-        if of_file != wanted:
-            raise UserError(f"{path}: made with {flag}={of_file}, but {wanted} is asked for; {way_out}")
-    if raw is None or not raw.is_file():
-        return
-    try:
-        now = RawFingerprint.of(raw)
-    except OSError:
-        return
-    made = data.meta.raw
-    if not made.same_file(now):
-        sizes = f"{made.size} bytes then, {now.size} now" if made.size != now.size else "same size, other content"
-        raise UserError(f"{path}: made from another raw file ({made.name}) than --raw-data-file={raw} ({sizes}); {way_out}")
-
-
-def _rows_of_days(data: Processed, path: Path, raw: Path | None) -> np.ndarray:
-    """[7] rows of each day: the file's own; else upstream's <stem>_day_count.npz by the raw file; else equal days, the remainder first."""
-    total, source = data.total_per_file, path
-    if total is None and raw is not None and day_count_file(raw).exists():
-        source = day_count_file(raw)
-        try:
-            total = read_array(source, "total_per_file")
-        except (OSError, *DAMAGE) as error:
-            raise UserError(f"{source}: cannot read upstream's rows per day ({cause(error)}); delete it") from None
-    n = len(data.packed)
-    if total is None:
-        return split_days(n, DAYS)
-    if total.shape != (DAYS,) or total.dtype.kind not in "iu" or (total < 0).any() or int(total.sum()) != n:
-        raise UserError(f"{source}: total_per_file {total.tolist()} is not the rows of {DAYS} days, {n} in all; delete {source.name}")
-    return total.astype(np.int64)
-
-
-def _bayes_auc(raw: Path) -> float | None:
-    """The best test AUC that anyone can reach, where the raw file was generated and its maker wrote it down beside it."""
+def _bayes_auc(criteo: CriteoSet, raw: Path) -> float | None:
+    """The best test AUC that anyone can reach, where the raw files were generated and their maker wrote it down beside them."""
     sidecar = raw.parent / f"{raw.name}.bayes.json"
     try:
         facts = json.loads(sidecar.read_text())
-        return float(facts["bayes_auc_test"]) if facts["raw_bytes"] == raw.stat().st_size else None
+        raw_bytes = sum(file.stat().st_size for file in criteo.raw_files(raw))
+        return float(facts["bayes_auc_test"]) if facts["raw_bytes"] == raw_bytes else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

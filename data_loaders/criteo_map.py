@@ -13,8 +13,10 @@ from typing import IO
 import numpy as np
 import torch
 
-from data_loaders.criteo_npz import Processed, cause, read_counts, read_header, read_rest, reading, way_out
+from data_loaders.arrays import open_arrays
+from data_loaders.criteo_npz import Meta, Processed, RawFingerprint, cause, read_counts, read_header, read_npz, read_rest, reading, way_out
 from data_loaders.criteo_text import COLUMNS, NUM_DENSE, NUM_SPARSE
+from data_loaders.manifest import Manifest
 from dlrm_xla.specs import UserError
 
 _INT32 = np.dtype("<i4")
@@ -22,14 +24,15 @@ _LOCAL_HEADER = 30  # bytes before a zip member's name, of which the last four a
 
 
 class MappedInts:
-    """An int32 array [n, width] of an open .npz, in memory that belongs to the file. [first:end] and take(rows) give copies [.., width].
+    """An integer array [n, width] of an open .npz, in memory that belongs to the file. [first:end] and take(rows) give copies [.., width].
 
     As bytes, because NumPy would first copy the whole of an array that does not lie at a multiple of four.
     """
 
-    def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]):
-        """Raises ValueError where the array has another shape, or cannot be mapped as it is stored."""
-        start = _start_of_array(file, archive, name, shape)
+    def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype = _INT32):
+        """Raises ValueError where the array has another shape or type, or cannot be mapped as it is stored."""
+        start = _start_of_array(file, archive, name, shape, dtype)
+        self._dtype = dtype
         self._width = int(np.prod(shape[1:], dtype=np.int64))
         self._by_slice, self._by_row = (self._map(file, start, shape[0], advice) for advice in (mmap.MADV_NORMAL, mmap.MADV_RANDOM))
 
@@ -38,18 +41,18 @@ class MappedInts:
         # for single rows: a file that fits into memory is warm sooner without (measured: 30 us a page with, until it has been read once), but
         # of one that does not, every row would bring 128 KiB with it, every time
         memory.madvise(advice)
-        row_bytes = self._width * _INT32.itemsize
+        row_bytes = self._width * self._dtype.itemsize
         return np.frombuffer(memory, np.uint8, num_rows * row_bytes, start).reshape(num_rows, row_bytes)
 
     def __len__(self) -> int:
         return len(self._by_slice)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        return self._by_slice[rows].copy().view(_INT32)
+        return self._by_slice[rows].copy().view(self._dtype)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """rows [m] whole numbers from 0; IndexError beyond the end."""
-        return self._by_row.take(rows, axis=0).view(_INT32)
+        return self._by_row.take(rows, axis=0).view(self._dtype)
 
 
 class MappedRows:
@@ -81,6 +84,41 @@ class MappedRows:
         return torch.from_numpy(packed)
 
 
+def read_processed(path: Path, *, mapped: bool, progress: bool = False) -> Processed:
+    """A processed file, or an arrays folder of Criteo's rows; `packed` is a tensor, or mapped. Raises UserError where it is neither."""
+    if not path.is_dir():
+        if mapped:
+            return map_npz(path)
+        data = read_npz(path)
+        data.packed = torch.from_numpy(data.packed)
+        return data
+    arrays = open_arrays(path, mapped, progress=progress)
+    manifest = arrays.manifest
+    if manifest.number_type != "int32" or len(manifest.dense) != NUM_DENSE or len(manifest.one_hot) != NUM_SPARSE or arrays.bags:
+        raise UserError(f"{path}: holds {len(manifest.dense)} dense columns and {len(manifest.tables)} tables; Criteo has 13 counts and 26 ids")
+    counts, days = np.array([table.rows for table in manifest.tables]), np.array([part.rows for part in manifest.parts])
+    return Processed(arrays.rows, counts, days, _meta_of(manifest, path))
+
+
+def _meta_of(manifest: Manifest, path: Path) -> Meta:
+    """What an .npz of the same rows says of itself."""
+    try:
+        raws = tuple(RawFingerprint(**part.raw) for part in manifest.parts)
+        flags, older = manifest.flags, manifest.flags["vocabulary"]
+        return Meta(
+            max_ind_range=int(flags["max_ind_range"]),
+            sub_sample_rate=float(flags["sub_sample_rate"]),
+            days=len(raws),
+            raw=raws[0],
+            raw_rows=manifest.raw_rows,
+            raws=raws if any(raw != raws[0] for raw in raws) else (),
+            min_frequency=int(flags["min_frequency"]),
+            vocabulary=RawFingerprint(**older) if older else None,
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: its manifest is not of Criteo's rows ({cause(error)}); {way_out(path)}") from None
+
+
 def map_npz(path: Path) -> Processed:
     """The processed file with MappedRows as `packed`. Raises UserError where it is damaged, something else, or cannot be mapped."""
     with reading(path), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
@@ -97,7 +135,7 @@ def map_npz(path: Path) -> Processed:
         return Processed(MappedRows(path, arrays, counts), counts, *read_rest(archive))
 
 
-def _start_of_array(file: IO[bytes], archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> int:
+def _start_of_array(file: IO[bytes], archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], wanted: np.dtype) -> int:
     """Offset in the file of the array's first number."""
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:
@@ -105,10 +143,10 @@ def _start_of_array(file: IO[bytes], archive: zipfile.ZipFile, name: str, shape:
     with archive.open(info) as member:  # zipfile compares both of the member's headers
         found, by_column, dtype = read_header(member)
         header_bytes = member.tell()
-    if found != shape or dtype != _INT32 or (by_column and len(shape) > 1):
+    if found != shape or dtype != wanted or (by_column and len(shape) > 1):
         order = ", column after column" if by_column and len(shape) > 1 else ""
-        raise ValueError(f"{name} is {dtype.str} {list(found)}{order}, not {_INT32.str} {list(shape)}")
-    if info.file_size != header_bytes + int(np.prod(shape, dtype=np.int64)) * _INT32.itemsize:
+        raise ValueError(f"{name} is {dtype.str} {list(found)}{order}, not {wanted.str} {list(shape)}")
+    if info.file_size != header_bytes + int(np.prod(shape, dtype=np.int64)) * wanted.itemsize:
         raise ValueError(f"{name} is not as long as its header says")
     file.seek(info.header_offset)
     local = file.read(_LOCAL_HEADER)

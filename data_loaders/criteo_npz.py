@@ -7,11 +7,13 @@ measured, a row costs 0.3 us of CPU to write, 2.0 at deflate's fastest level and
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
 import json
 import os
+import stat
 import struct
 import tokenize
 import zipfile
@@ -34,6 +36,7 @@ DAMAGE = (
 )  # fmt: skip
 _EDGE_BYTES = 1 << 20
 _CHUNK_ROWS = 1 << 16
+_OPTIONAL = ("raws", "min_frequency", "vocabulary")  # fields of Meta
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ class RawFingerprint:
 
     @classmethod
     def of(cls, path: Path) -> "RawFingerprint":
-        """Reads at most 2 MiB."""
+        """Reads at most 2 MiB. Raises OSError, also for a pipe, which can be read once only."""
+        if stat.S_ISFIFO(os.stat(path).st_mode):
+            raise OSError(errno.ESPIPE, "it is a pipe, and a raw file is read twice; write it to a file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(_EDGE_BYTES)
@@ -62,7 +67,14 @@ class RawFingerprint:
 
 @dataclass(frozen=True)
 class Meta:
-    """What a processed file was made from and with. raw_rows: rows of the raw file, the ones that sub-sampling left out included."""
+    """What a processed file was made from and with.
+
+    raw            the raw file (Terabyte: day 0's)
+    raw_rows       rows of the raw files, the ones that sub-sampling left out included
+    raws           Terabyte: the files of all days, in their order
+    min_frequency  ids seen less often share id 0; 0: every id has one of its own
+    vocabulary     the older result (npz, or its manifest) whose vocabularies numbered the ids
+    """
 
     max_ind_range: int
     sub_sample_rate: float
@@ -70,10 +82,14 @@ class Meta:
     raw: RawFingerprint
     raw_rows: int = 0
     format: int = FORMAT_VERSION
+    raws: tuple[RawFingerprint, ...] = ()
+    min_frequency: int = 0
+    vocabulary: RawFingerprint | None = None
 
     def to_json(self) -> str:
-        """JSON on one line."""
-        return json.dumps(asdict(self))
+        """JSON on one line. What was not asked for is left out, so that a file made without it is the one that earlier versions made."""
+        fields = asdict(self)
+        return json.dumps({name: value for name, value in fields.items() if name not in _OPTIONAL or value})
 
     @classmethod
     def from_json(cls, text: str) -> "Meta":
@@ -81,7 +97,9 @@ class Meta:
         fields = json.loads(text)
         if fields["format"] != FORMAT_VERSION:
             raise ValueError(f"format {fields['format']}, while this version reads format {FORMAT_VERSION}")
-        return cls(**{**fields, "raw": RawFingerprint(**fields["raw"])})
+        older = fields.get("vocabulary")
+        made = {"raw": RawFingerprint(**fields["raw"]), "raws": tuple(RawFingerprint(**raw) for raw in fields.get("raws", ()))}
+        return cls(**{**fields, **made, "vocabulary": RawFingerprint(**older) if older else None})
 
 
 @dataclass
@@ -90,7 +108,7 @@ class Processed:
 
     packed          [n, 40] int32 = y | 13 counts | 26 ids, in memory; or criteo_map.MappedRows, which stands for it
     counts          [26] distinct ids
-    total_per_file  [7] rows of each day, or None
+    total_per_file  [7], Terabyte [24], rows of each day, or None
     meta            None where the file is upstream's
     """
 

@@ -74,17 +74,25 @@ def read_rows(path: Path, *, progress: bool) -> Iterator[Rows]:
 
 def _blocks(path: Path, progress: bool) -> Iterator[tuple[bytes, int]]:
     """(whole lines, number of the first one), about BLOCK_BYTES each; the file's last line may lack its end."""
+    size = path.stat().st_size if path.is_file() else 0
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"Reading {path.name}", disable=not progress) as bar:
+        yield from blocks_from(path, 0, 1, bar)
+
+
+def blocks_from(path: Path, byte: int, line: int, bar: tqdm) -> Iterator[tuple[bytes, int]]:
+    """The same from byte `byte` of the text (decompressed) on, where line number `line` begins. bar: goes on by the file's stored bytes."""
     with contextlib.ExitStack() as stack:
         try:
             stored = stack.enter_context(open(path, "rb"))
-            size = path.stat().st_size
             zipped = stored.peek(2)[:2] == b"\x1f\x8b"
         except OSError as error:
             raise UserError(f"--raw-data-file={path}: cannot read it: {error.strerror}") from None
-        bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, desc=f"Reading {path.name}", disable=not progress))
         # igzip: 0.35 us a row where the standard library's zlib takes 1.0
         text = igzip.IGzipFile(fileobj=stored) if zipped else stored
-        rest, line, error, ended, taken = b"", 1, None, False, 0
+        skip, base = byte, bar.n
+        if not zipped:
+            skip, base = 0, bar.n - stored.seek(byte)
+        rest, error, ended, taken = b"", None, False, 0
         while not ended:
             piece, error = _read_piece(text)
             if isinstance(text, igzip.IGzipFile):
@@ -94,8 +102,9 @@ def _blocks(path: Path, progress: bool) -> Iterator[tuple[bytes, int]]:
                     text.seek(taken)
                     continue
             ended = error is not None or not piece
-            bar.update(stored.tell() - bar.n)
-            rest += piece
+            bar.update(base + stored.tell() - bar.n)
+            rest += piece[skip:]
+            skip = max(0, skip - len(piece))
             end = rest.rfind(b"\n") + 1
             if end:
                 yield rest[:end], line
@@ -220,6 +229,8 @@ def _parse_carefully(block: bytes, first_line: int, path: Path) -> Rows:
             raise UserError(f"{where}: {_not_text(line)}")
         if len(cells) != len(COLUMNS):
             found = "the line is blank" if len(cells) == 1 and not cells[0].strip() else f"{len(cells)} columns"
+            if b"\r" in line.removesuffix(b"\r"):
+                found += " (carriage returns within the line do not end it; save the file with line feeds)"
             raise UserError(f"{where}: {found}; a row has {len(COLUMNS)} columns separated by tabs: label, 13 counts, 26 ids")
         if not _LABEL.fullmatch(cells[0]):
             raise UserError(f"{where}, column 1 (label): {_show(cells[0])} is not 0 or 1")

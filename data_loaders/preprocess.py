@@ -1,114 +1,93 @@
-"""Criteo Kaggle's raw text to one processed .npz, with upstream's ids, counts, day split and sub-sampling.
+"""Criteo's raw text to what a run reads, with upstream's ids, counts, days and sub-sampling: python -m data_loaders.preprocess --help
 
 An id is the rank of its hash (taken modulo max_ind_range first, where that is above 0) in order of first appearance over all days. Upstream
-fills 26 Python dictionaries and writes 60 intermediate files; here a column at a time goes through pyarrow's hash table, and one file is
-written, atomically: whatever interrupts a run, the next one starts clean. Memory: 160 bytes a row, and one column's hash table.
+fills 26 Python dictionaries and writes 60 intermediate files; here rows are spilled once and numbered a column at a time (data_loaders.build), in the
+memory that --preprocess-memory allows, and one result is written, atomically. A run that was interrupted is taken up where it stopped.
 """
 
+import argparse
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-from tqdm import tqdm
 
-from data_loaders.criteo_npz import DAMAGE, Meta, RawFingerprint, atomic_write, read_array, write_npz
-from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE, Rows, read_rows
+from data_loaders.build import Built, Options, build
+from data_loaders.criteo_npz import DAMAGE, atomic_write, read_array
+from data_loaders.criteo_source import KAGGLE_DAYS, CriteoSource, skip_draws
+from data_loaders.split import split_days
 from dlrm_xla.specs import UserError
 
-DAYS = 7
+DAYS = KAGGLE_DAYS
 PROCESSED_NAME = "kaggleAdDisplayChallenge_processed.npz"  # upstream's name for it, in the raw file's folder
+TERABYTE_NAME = "{}_processed"  # an arrays folder; {}: the name in --raw-data-file=DIR/day
+MEMORY_BYTES = 4 * 10**9
 _OUR_MARK = "made_by_dlrm_xla"
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{unit}{end}": base**power for power, unit in enumerate("kmgt", 1) for end, base in (("", 1000), ("b", 1000), ("ib", 1024))}
+
+__all__ = ["DAYS", "PROCESSED_NAME", "day_count_file", "parse_size", "preprocess", "preprocess_terabyte", "split_days"]
 
 
 def preprocess(
-    raw: Path, out: Path, *, max_ind_range: int, sub_sample_rate: float, days: int = DAYS, rng: np.random.RandomState, progress: bool
-) -> None:
-    """Writes the processed file `out` of the raw file `raw` (plain or gzip).
+    raw: Path,
+    out: Path,
+    *,
+    max_ind_range: int,
+    sub_sample_rate: float,
+    days: int = DAYS,
+    rng: np.random.RandomState | None,
+    progress: bool,
+    memory_bytes: int = MEMORY_BYTES,
+    min_frequency: int = 0,
+    vocabulary: Path | None = None,
+) -> Built:
+    """Makes `out`, an .npz or an arrays folder, of Kaggle's raw file `raw` (plain or gzip).
 
     max_ind_range    above 0: ids are hash modulo this
-    sub_sample_rate  above 0: a row with label 0 is dropped with this probability; rng.uniform is drawn once per day, for all its rows
+    sub_sample_rate  above 0: a row with label 0 is dropped with this probability; one rng.uniform is drawn for every raw row
     progress         bars on stderr
+    memory_bytes, min_frequency, vocabulary: see data_loaders.build.Options
     Raises UserError for a bad line (with its number), an unreadable raw file, too few rows, or an `out` that cannot be written.
     """
-    try:
-        fingerprint = RawFingerprint.of(raw)
-    except OSError as error:
-        raise UserError(f"--raw-data-file={raw}: cannot read it: {error.strerror}") from None
-    with atomic_write(
-        out, "name another place with --processed-data-file=PATH"
-    ) as file:  # first: a long read must not end in "no permission"
-        blocks = _read(raw, max_ind_range, progress)
-        raw_rows = sum(len(block.labels) for block in blocks)
-        total_per_file = split_days(raw_rows, days)
-        if sub_sample_rate > 0:
-            blocks, total_per_file = _sub_sample(blocks, total_per_file, sub_sample_rate, rng)
-        n = int(total_per_file.sum())
-        if n == 0:
-            raise UserError(f"{raw}: --data-sub-sample-rate={sub_sample_rate} leaves no row")
-        counts = _number_ids(blocks, progress)
-        meta = Meta(max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, days=days, raw=fingerprint, raw_rows=raw_rows)
-        with tqdm(total=2 * len(blocks), desc=f"Writing {out.name}", disable=not progress) as bar:
-            arrays = {
-                "X_cat": ((n, NUM_SPARSE), _pieces(blocks, lambda block: np.ascontiguousarray(block.hashes.T).view(np.int32), bar)),
-                "X_int": ((n, NUM_DENSE), _pieces(blocks, lambda block: np.maximum(block.counts, 0), bar)),
-                "y": ((n,), (block.labels for block in blocks)),
-                "counts": ((NUM_SPARSE,), iter([counts])),
-                "total_per_file": ((days,), iter([total_per_file])),
-                "meta": ((), iter([np.array(meta.to_json())])),
-            }
-            write_npz(file, arrays)
-        if out.parent.resolve() == raw.parent.resolve():  # before the file gets its name: there is no processed file without it
-            _write_day_count(raw, total_per_file)
+    source = CriteoSource.kaggle(raw, max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, days=days, rng=rng)
+    return _build(source, raw, out, Options(memory_bytes, min_frequency, vocabulary), rng if sub_sample_rate > 0 else None, progress)
 
 
-def split_days(num_rows: int, days: int) -> np.ndarray:
-    """[days] int64: rows of each day, equal but for the remainder, which goes to the first ones."""
-    return num_rows // days + (np.arange(days) < num_rows % days)
+def preprocess_terabyte(
+    prefix: Path,
+    out: Path,
+    *,
+    max_ind_range: int,
+    sub_sample_rate: float,
+    rng: np.random.RandomState | None,
+    progress: bool,
+    memory_bytes: int = MEMORY_BYTES,
+    min_frequency: int = 0,
+    vocabulary: Path | None = None,
+) -> Built:
+    """The same of Terabyte's 24 files: prefix DIR/day stands for DIR/day_0 .. DIR/day_23, plain or with .gz at the end."""
+    source = CriteoSource.terabyte(prefix, max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, rng=rng)
+    return _build(source, prefix, out, Options(memory_bytes, min_frequency, vocabulary), rng if sub_sample_rate > 0 else None, progress)
+
+
+def _build(source: CriteoSource, raw: Path, out: Path, options: Options, rng: np.random.RandomState | None, progress: bool) -> Built:
+    def before_naming(built: Built) -> None:
+        # upstream looks for this file where it finds an .npz beside the raw file
+        if out.suffix == ".npz" and out.parent.resolve() == raw.parent.resolve():
+            _write_day_count(raw, np.array(built.part_rows, np.int64))
+
+    built = build(source, out, options, progress=progress, before_naming=before_naming)
+    if rng is not None:
+        skip_draws(rng, built.raw_rows)  # the source drew from a copy, which may have begun in the middle
+    return built
 
 
 def day_count_file(raw: Path) -> Path:
     """Where upstream looks for the rows of each day."""
     return raw.parent / (raw.name.split(".")[0] + "_day_count.npz")
-
-
-def _read(raw: Path, max_ind_range: int, progress: bool) -> list[Rows]:
-    blocks = []
-    for block in read_rows(raw, progress=progress):
-        if 0 < max_ind_range < 2**32:
-            block.hashes %= np.uint32(max_ind_range)
-        blocks.append(block)
-    return blocks
-
-
-def _sub_sample(blocks: list[Rows], total_per_file: np.ndarray, rate: float, rng: np.random.RandomState) -> tuple[list[Rows], np.ndarray]:
-    """Kept rows, and how many of each day."""
-    draws = np.concatenate([rng.uniform(low=0.0, high=1.0, size=int(rows)) for rows in total_per_file])
-    keep = (np.concatenate([block.labels for block in blocks]) != 0) | (draws >= rate)
-    ends = np.cumsum([len(block.labels) for block in blocks])
-    kept = [block.keep(mask) for block, mask in zip(blocks, np.split(keep, ends[:-1]), strict=True)]
-    kept_per_day = [int(np.count_nonzero(day)) for day in np.split(keep, np.cumsum(total_per_file)[:-1])]
-    return [block for block in kept if len(block.labels)], np.array(kept_per_day, dtype=np.int64)
-
-
-def _number_ids(blocks: list[Rows], progress: bool) -> np.ndarray:
-    """Replaces hashes by ids, in place, a column at a time; returns how many ids each column has, [26] int32."""
-    counts = np.empty(NUM_SPARSE, dtype=np.int32)
-    for column in tqdm(range(NUM_SPARSE), desc="Numbering ids", unit="column", disable=not progress):
-        # from_buffers, because pa.array() imports pandas where it is installed: 0.15 s
-        hashes = [pa.Array.from_buffers(pa.uint32(), len(b.labels), [None, pa.py_buffer(b.hashes[column])]) for b in blocks]
-        encoded = pa.chunked_array(hashes).dictionary_encode()
-        for block, chunk in zip(blocks, encoded.chunks, strict=True):
-            block.hashes[column] = np.frombuffer(chunk.indices.buffers()[1], dtype="<i4", count=len(chunk))
-        counts[column] = len(encoded.chunk(0).dictionary)  # one dictionary for all chunks, in order of first appearance
-    return counts
-
-
-def _pieces(blocks: list[Rows], piece: Callable[[Rows], np.ndarray], bar: tqdm) -> Iterator[np.ndarray]:
-    for block in blocks:
-        yield piece(block)
-        bar.update()
 
 
 def _write_day_count(raw: Path, total_per_file: np.ndarray) -> None:
@@ -121,3 +100,62 @@ def _write_day_count(raw: Path, total_per_file: np.ndarray) -> None:
             return
     with atomic_write(path, "name a place outside the raw file's folder with --processed-data-file=PATH") as file:
         np.savez(file, **{"total_per_file": total_per_file, _OUR_MARK: np.array(os.path.basename(raw))})
+
+
+def parse_size(text: str, flag: str = "--preprocess-memory") -> int:
+    """Bytes: "4GB", "512MB", "1.5 GiB", "2000000000". Raises UserError naming the flag."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if unit is None or float(match[1]) * unit < 1:
+        raise UserError(f"{flag}={text} is not a size; write it like 4GB, 512MB, 2GiB or 1500000000")
+    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m data_loaders.preprocess", description="Number the ids of Criteo's raw text.")
+    parser.add_argument("--data-set", choices=("kaggle", "terabyte"), default="kaggle")
+    parser.add_argument("--raw-data-file", required=True, metavar="PATH", help="Kaggle's text, or DIR/day for DIR/day_0 .. DIR/day_23; plain or gzip")
+    parser.add_argument("--processed-data-file", default="", metavar="PATH", help="what is made: an .npz, or a folder of arrays")
+    parser.add_argument("--max-ind-range", type=int, default=-1, help="above 0: ids are hash modulo this")
+    parser.add_argument("--data-sub-sample-rate", type=float, default=0.0, help="rows with label 0 are dropped with this probability")
+    parser.add_argument("--preprocess-memory", default="4GB", metavar="SIZE", help="for the process' peak of resident memory")
+    parser.add_argument("--min-frequency", type=int, default=0, help="ids seen less often share id 0; 0: every id has its own")
+    parser.add_argument("--vocabulary", default="", metavar="PATH", help="an older result, whose ids are used")
+    parser.add_argument("--numpy-rand-seed", type=int, default=123, help="of the sub-sampling")
+    args = parser.parse_args(argv)
+    try:
+        built, out = _run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: {built.rows:,} rows of {built.raw_rows:,}, {sum(built.table_rows):,} ids in {len(built.table_rows)} columns")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> tuple[Built, Path]:
+    if not 0 <= args.data_sub_sample_rate <= 1:
+        raise UserError(f"--data-sub-sample-rate={args.data_sub_sample_rate} is not a probability from 0 to 1")
+    if not 0 <= args.numpy_rand_seed < 2**32:
+        raise UserError(f"--numpy-rand-seed={args.numpy_rand_seed} is not a seed; it must be from 0 to {2**32 - 1}")
+    raw, kaggle = Path(args.raw_data_file), args.data_set == "kaggle"
+    default = PROCESSED_NAME if kaggle else TERABYTE_NAME.format(raw.name)
+    out = Path(args.processed_data_file) if args.processed_data_file else raw.parent / default
+    built = (preprocess if kaggle else preprocess_terabyte)(
+        raw,
+        out,
+        max_ind_range=args.max_ind_range,
+        sub_sample_rate=args.data_sub_sample_rate,
+        rng=np.random.RandomState(args.numpy_rand_seed),
+        progress=sys.stderr.isatty(),
+        memory_bytes=parse_size(args.preprocess_memory),
+        min_frequency=args.min_frequency,
+        vocabulary=Path(args.vocabulary) if args.vocabulary else None,
+    )
+    return built, out
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)

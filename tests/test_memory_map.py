@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import CRITEO_MODEL, ROOT, SMALL
 
+from data_loaders import reorder
 from data_loaders.criteo import open_criteo
 from data_loaders.criteo_map import map_npz
 from data_loaders.criteo_npz import write_npz
@@ -65,15 +66,18 @@ def upstreams_stream(sub_sample_rate) -> np.random.RandomState:
     return rng
 
 
-SIZES = [[72, 72, 72, 71, 71, 71, 71], [300, 1, 40, 0, 200, 7, 30], [5, 5, 5, 5, 5, 300, 1], [0, 0, 90, 0, 0, 0, 3], [1] * 7]
+SIZES = [[9] * 24, [40, 3, 1, 90, 2, 60, 5, 0, 33, 1, 11, 7],
+    [72, 72, 72, 71, 71, 71, 71], [300, 1, 40, 0, 200, 7, 30], [5, 5, 5, 5, 5, 300, 1], [0, 0, 90, 0, 0, 0, 3], [1] * 7]
 
 
 @pytest.mark.parametrize("randomize", ["total", "day"])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_order_and_draws_equal_naive(sizes, randomize):
+@pytest.mark.parametrize("chunk", [1 << 20, 7])  # rows at a time
+def test_order_and_draws_equal_naive(tmp_path, monkeypatch, sizes, randomize, chunk):
+    monkeypatch.setattr(reorder, "_CHUNK", chunk)
     for seed in range(5):
         rng, naive = np.random.RandomState(seed), np.random.RandomState(seed)
-        days = list(draw_order(tuple(sizes), randomize, rng))
+        days = list(draw_order(tuple(sizes), randomize, rng, tmp_path))
         assert [len(day) for day in days] == sizes[:-1]
         wanted = reordered(sizes, randomize, naive)
         assert np.concatenate(days).tolist() == wanted[: sum(sizes[:-1])]

@@ -15,7 +15,7 @@ import pytest
 
 from data_loaders import criteo_text
 from data_loaders.criteo_npz import read_npz
-from data_loaders.preprocess import preprocess, split_days
+from data_loaders.preprocess import PROCESSED_NAME, main, parse_size, preprocess, split_days
 from dlrm_xla.specs import UserError
 from tests.oracles import criteo as oracle
 
@@ -231,12 +231,12 @@ def test_full_disk(tmp_path, limit):
     assert list(tmp_path.iterdir()) == [raw]
 
 
-# Where a run dies: before anything, after some blocks, before the ids are numbered, in the middle of writing, before the file gets its name
+# Where a run dies; tests/test_kill.py tries every step that reaches the disk
 KILLED_AT = {
-    "start": "import data_loaders.criteo_npz as m, os; m._remove_stale = lambda path: os.kill(os.getpid(), 9)",
-    "first block": "import data_loaders.criteo_text as m, os; m.parse_block = lambda *a: os.kill(os.getpid(), 9)",
-    "numbering": "import data_loaders.preprocess as m, os; m._number_ids = lambda *a: os.kill(os.getpid(), 9)",
-    "writing": "import numpy as m, os; m.maximum = lambda *a: os.kill(os.getpid(), 9)",
+    "start": "import data_loaders.spill as m, os; m.read_json = lambda path: os.kill(os.getpid(), 9)",
+    "first block": "import data_loaders.criteo_source as m, os; m.parse_block = lambda *a: os.kill(os.getpid(), 9)",
+    "numbering": "import data_loaders.number_stage as m, os; m.number_ids = lambda *a: os.kill(os.getpid(), 9)",
+    "writing": "import data_loaders.npz_writer as m, os; m._ids = lambda *a: os.kill(os.getpid(), 9)",
     "renaming": "import os; old = os.replace; os.replace = lambda a, b: os.kill(os.getpid(), 9) if b.name == 'out.npz' else old(a, b)",
     "day count": "import data_loaders.preprocess as m, os; m._write_day_count = lambda *a: os.kill(os.getpid(), 9)",
 }
@@ -248,23 +248,22 @@ def test_killed_at_any_moment(tmp_path):
     for moment, before in KILLED_AT.items():
         assert subprocess.run(in_a_process(raw, out, before), cwd=ROOT).returncode == -9, moment
         assert not out.exists(), moment
-        # exactly one unfinished file, of this run: the earlier ones were removed when it began
-        assert len(list(tmp_path.glob(".out.npz.*.tmp"))) == (moment != "start"), moment
+        assert {path.name for path in tmp_path.iterdir()} <= {"out.npz.parts", "train.txt", "train_day_count.npz"}, moment
     preprocess(raw, out, max_ind_range=-1, sub_sample_rate=0.0, rng=np.random.RandomState(0), progress=False)
     same(load(out), oracle.process(TEXT))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "train.txt", "train_day_count.npz"]
 
 
-def test_a_live_run_keeps_its_unfinished_file(tmp_path):
-    """Two runs at once: the second must not remove what the first is writing."""
+def test_two_runs_at_once(tmp_path):
+    """The second is refused, and the first is not disturbed."""
     raw, out = tmp_path / "train.txt", tmp_path / "out.npz"
     raw.write_bytes(TEXT)
-    wait = "import data_loaders.preprocess as m; old = m._number_ids; m._number_ids = lambda *a: (print('ready', flush=True), input(), old(*a))[2]"
+    wait = "import data_loaders.number_stage as m; old = m.number_ids; m.number_ids = lambda *a: (print('ready', flush=True), input(), old(*a))[2]"
     with subprocess.Popen(in_a_process(raw, out, wait), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "ready\n"
-        preprocess(raw, out, max_ind_range=-1, sub_sample_rate=0.0, rng=None, progress=False)
-        assert len(list(tmp_path.glob(".out.npz.*.tmp"))) == 1
-        first.communicate("go\n")
+        with pytest.raises(UserError, match="another run is making it .*; wait for that run, or name another place$"):
+            preprocess(raw, out, max_ind_range=-1, sub_sample_rate=0.0, rng=None, progress=False)
+        first.communicate("go\n" * 26)
     assert first.returncode == 0
     same(load(out), oracle.process(TEXT))
 
@@ -287,6 +286,50 @@ def test_day_count_of_upstream_is_left_alone(tmp_path):
     ours = run(TEXT, tmp_path, sub_sample_rate=0.5)
     with np.load(path) as data:
         assert data["total_per_file"].tolist() == ours["total_per_file"].tolist()
+
+
+def test_the_callers_stream_stands_where_upstreams_does(tmp_path):
+    """After a run, and after one that found everything but the result's name done by another that was killed."""
+    raw, out = tmp_path / "train.txt", tmp_path / "out.npz"
+    raw.write_bytes(TEXT)
+    rename = "import os; os.replace = lambda a, b, old=os.replace: os.kill(os.getpid(), 9) if b.name == 'out.npz' else old(a, b)"
+    call = "preprocess(Path(sys.argv[1]), Path(sys.argv[2]), max_ind_range=-1, sub_sample_rate=0.4, rng=np.random.RandomState(3), progress=False)"
+    code = f"import sys; from pathlib import Path; import numpy as np; from data_loaders.preprocess import preprocess; {rename}\n{call}"
+    assert subprocess.run([sys.executable, "-c", code, str(raw), str(out)], cwd=ROOT).returncode == -9
+    wanted = np.random.RandomState(3)
+    wanted.uniform(size=500)
+    wanted = wanted.randint(2**31)
+    for _ in range(2):
+        rng = np.random.RandomState(3)
+        preprocess(raw, out, max_ind_range=-1, sub_sample_rate=0.4, rng=rng, progress=False)
+        same(load(out), oracle.process(TEXT, sub_sample_rate=0.4, seed=3))
+        assert rng.randint(2**31) == wanted
+
+
+def test_sizes():
+    sizes = {"4GB": 4 * 10**9, "512MB": 512 * 10**6, "2GiB": 2**31, "1500000000": 1500000000, "1.5 gb": 1500 * 10**6, "3k": 3000, "7 B": 7}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    for text in ("", "GB", "-1GB", "4XB", "1e9", "0", "four", "4GB2", "inf"):
+        with pytest.raises(UserError, match="^--preprocess-memory=.* is not a size; write it like 4GB"):
+            parse_size(text)
+
+
+def test_command_line(tmp_path, capsys):
+    raw = tmp_path / "train.txt"
+    raw.write_bytes(TEXT)
+    assert main([f"--raw-data-file={raw}", "--data-sub-sample-rate=0.4", "--numpy-rand-seed=5"]) == 0
+    same(load(tmp_path / PROCESSED_NAME), oracle.process(TEXT, sub_sample_rate=0.4, seed=5))
+    for flags, words in {
+        "--preprocess-memory=9QB": "--preprocess-memory=9QB is not a size",
+        "--preprocess-memory=1MB": "is too little for reading rows: ",
+        "--data-set=terabyte": f"{raw}_0 is missing",
+        "--min-frequency=-1": "--min-frequency=-1 is negative",
+        "--vocabulary=absent": "--vocabulary=absent: cannot read it: No such file",
+        "--data-sub-sample-rate=2": "is not a probability",
+    }.items():
+        assert main([f"--raw-data-file={raw}", flags]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and words in said and said.count("\n") == 1
 
 
 def test_no_day_count_away_from_the_raw_file(tmp_path):
