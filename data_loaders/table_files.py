@@ -1,0 +1,101 @@
+"""Which files --raw-data-file names: one, several between commas, a folder, or a pattern."""
+
+import glob
+import re
+from pathlib import Path
+
+from dlrm_xla.specs import UserError
+
+# what lies beside data: success marks, checksums, notes, schemas, unfinished copies
+_NOT_DATA = (".crc", ".md5", ".sha256", ".yaml", ".yml", ".json", ".md", ".pdf", ".py", ".tmp", ".part", ".npz")
+
+
+def find_files(raw_data_file: str) -> tuple[Path, ...]:
+    """The files in reading order: between commas as they are written, in a folder (with its folders) and of a pattern by name, numbers in
+    names by value: part-2 before part-10. Raises UserError where there is none, or one twice."""
+    files, flag = [], f"--raw-data-file={raw_data_file}"
+    if not raw_data_file:
+        raise UserError("no data: name the table's files with --raw-data-file=FILE[,FILE...], a folder or a pattern")
+    for text in [raw_data_file] if Path(raw_data_file).exists() else raw_data_file.split(","):
+        text = text.strip()
+        if not text:
+            raise UserError(f"{flag}: nothing between two commas; name files as A,B,C")
+        files += _expand(text, flag)
+    seen = set()
+    for file in files:
+        real = file.resolve()
+        if real in seen:
+            raise UserError(f"{flag}: {file} is named twice, so its rows would be read twice; name it once")
+        seen.add(real)
+    return tuple(files)
+
+
+def part_names(files: tuple[Path, ...]) -> tuple[str, ...]:
+    """A name for each file, all different: its own name, with the folders that tell it from the others."""
+    names, depth = [file.name for file in files], 1
+    while len(set(names)) < len(names) and depth < 32:
+        depth += 1
+        twice = {name for name in names if names.count(name) > 1} if len(names) < 2000 else set(names)
+        names = ["/".join(file.parts[-depth:]) if name in twice else name for file, name in zip(files, names, strict=True)]
+    return tuple(names) if len(set(names)) == len(names) else tuple(str(file.resolve()) for file in files)
+
+
+def default_folder(raw_data_file: str) -> Path:
+    """Where the arrays go without --processed-data-file: beside the file, the folder, or the first one named."""
+    first = Path(raw_data_file) if Path(raw_data_file).exists() else Path(raw_data_file.split(",")[0].strip())
+    if glob.has_magic(str(first)) and not first.exists():
+        while glob.has_magic(str(first)):
+            first = first.parent
+        return first / "table.processed" if str(first) == "." else first.with_name(f"{first.name}.processed")
+    if first.name in ("", ".", ".."):
+        first = first.resolve()
+    return first.with_name(f"{first.name}.processed")
+
+
+def natural(path: Path) -> list:
+    """Sorting key: digits as numbers."""
+    return [(1, int(piece), "") if piece.isdigit() else (0, 0, piece) for piece in re.split(r"([0-9]+)", str(path)) if piece]
+
+
+def _expand(text: str, flag: str) -> list[Path]:
+    path = Path(text)
+    if path.is_dir():
+        found = _in_folder(path)
+        if not found:
+            raise UserError(f"{flag}: the folder {path} holds no data file (names that begin with . or _ do not count)")
+        return found
+    if path.exists():
+        return [path]
+    if not glob.has_magic(text):
+        raise UserError(f"{flag}: {path}: no such file; name files, a folder, or a pattern as 'day_*.csv'")
+    found = []
+    for match in sorted(map(Path, glob.glob(text, recursive=True)), key=natural):
+        if match.is_dir():
+            found += _in_folder(match) if _is_data_folder(match) else []
+        elif _is_data(match):
+            found.append(match)
+    if not found:
+        raise UserError(f"{flag}: no file matches the pattern {text!r}")
+    return list(dict.fromkeys(found))  # ** finds a file by its folder, too
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    found = []
+    try:
+        for entry in sorted(folder.iterdir(), key=natural):
+            if entry.is_dir():
+                found += _in_folder(entry) if _is_data_folder(entry) else []
+            elif _is_data(entry):
+                found.append(entry)
+    except OSError as error:
+        raise UserError(f"--raw-data-file={folder}: cannot read the folder: {error.strerror}") from None
+    return found
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith((".", "_")) and not path.name.endswith("~") and path.suffix.lower() not in _NOT_DATA
+
+
+def _is_data_folder(path: Path) -> bool:
+    """Not one of ours (its arrays, or the parts of unfinished ones), nor a hidden one; links to folders might run in a circle."""
+    return not path.name.startswith((".", "_")) and not path.is_symlink() and path.suffix not in (".processed", ".parts")
