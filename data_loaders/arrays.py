@@ -41,6 +41,15 @@ def is_arrays(path: Path) -> bool:
     return (path / NAME).is_file()
 
 
+def is_only_arrays(path: Path) -> bool:
+    """Whether a folder is an arrays folder, whole or damaged in its files, and holds nothing else: only such a folder is ever replaced."""
+    try:
+        manifest = Manifest.from_json((path / NAME).read_text(encoding="utf-8"))
+        return set(os.listdir(path)) <= {NAME, STAMP, *manifest.files}
+    except (OSError, AttributeError, *DAMAGE):
+        return False
+
+
 def way_out(folder: Path) -> str:
     """What to do about a folder that is of no use."""
     return f"delete the folder {folder.name} to have it made again, or name another --processed-data-file"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data_loaders.criteo_npz import RawFingerprint
 from data_loaders.manifest import CHUNK_BYTES, NAME, ROWS, DenseColumn, File, Manifest, Part, Table, bag_files, vocabulary_files
-from data_loaders.spill import Segment, crc32, sync_folder, write_all, write_whole
+from data_loaders.spill import Segment, crc32, remove, sync_folder, write_all, write_whole
 from data_loaders.spilled import IDS, IdReader, Numbered
 from dlrm_xla.specs import UserError
 
@@ -33,6 +33,8 @@ def write_arrays(
     bar: tqdm,
 ) -> None:
     """Fills the folder. facts: fields of the manifest that the rows do not tell (raw_rows, source, flags); done: what save got last, or None."""
+    if done is None:
+        remove(folder)  # bytes of rows that have changed since would stay behind shorter files
     folder.mkdir(exist_ok=True)
     source = numbered.spilled.source
     if done is None:
@@ -194,7 +196,7 @@ class _RowWriter:
     def _words(self, segment: Segment) -> np.ndarray:
         """[rows, W] int32"""
         labels = segment.labels(self._label_type).view(np.int32)
-        dense = transform(segment.dense(self._label_type), self._dense).view(np.int32) if self._dense else None
+        dense = transform(segment.dense(self._label_type, len(self._dense)), self._dense).view(np.int32) if self._dense else None
         ids = [self._ids.next(column, segment.rows) for column in self._one_hot]
         words, first_id = np.empty((segment.rows, self._width), np.int32), 1 + len(self._dense)
         for start in range(0, segment.rows, _ROWS_AT_ONCE):
@@ -252,7 +254,7 @@ def _sums(numbered: Numbered, places: list[int], center: np.ndarray, power: int)
     window, held, seen = 1 << 16, [], 0  # training rows that wait for their window to be full
     for segment in [*numbered.spilled.segments, None]:
         if segment is not None:
-            values = segment.dense(np.float32)[:, places]
+            values = segment.dense(np.float32, len(numbered.spilled.source.dense))[:, places]
             values = values[~split.is_test(segment)] if split.moves_rows else values[: max(0, split.num_train - seen)]
             seen += segment.rows
             held.append(values)

@@ -17,10 +17,10 @@ from typing import Any
 from tqdm import tqdm
 
 from data_loaders import spill
+from data_loaders.arrays import is_only_arrays
 from data_loaders.arrays_writer import write_arrays
 from data_loaders.blocks import Source
 from data_loaders.criteo_npz import RawFingerprint
-from data_loaders.manifest import NAME
 from data_loaders.npz_writer import check_npz, meta_of, write_criteo_npz
 from data_loaders.number_stage import number_columns
 from data_loaders.read_stage import MIN_FREE, enough, read_rows, resident_bytes
@@ -78,6 +78,8 @@ def build(
     if out.suffix == ".npz":
         check_npz(source, out)
     raws = [_fingerprint(path) for path in source.files]
+    if options.vocabulary is not None and options.vocabulary.resolve() == out.resolve():
+        raise UserError(f"--vocabulary={options.vocabulary} is also what would be written; {options.way_out}")
     old = OldVocabularies.of(options.vocabulary) if options.vocabulary is not None else None
     folder = spill.parts_folder(out)
     try:
@@ -85,9 +87,10 @@ def build(
         with spill.locked_folder(folder, str(out)):
             try:
                 return _Build(source, out, folder, options, raws, old, progress).run(before_naming)
-            finally:
-                if not (folder / spill.segment_path(folder, 0).name).exists() and not (folder / spill.STATE).exists() and folder.exists():
+            except BaseException:
+                if not spill.segment_path(folder, 0).exists() and not (folder / spill.STATE).exists():
                     spill.remove(folder)  # nothing in it that a later run could use
+                raise
     except OSError as error:
         kept = f"; what is finished is kept in {folder}: make room and run again to go on" if folder.exists() else ""
         raise UserError(f"cannot write {out}: {error.strerror or error}{kept}; {options.way_out}") from None
@@ -106,7 +109,7 @@ def _check_place(out: Path, options: Options) -> None:
     if out.suffix == ".npz":
         wrong = "it is a folder" if out.is_dir() else None
     elif out.is_dir():
-        wrong = "it is a folder that holds other things" if any(out.iterdir()) and not (out / NAME).exists() else None
+        wrong = "it is a folder that holds other things" if any(out.iterdir()) and not is_only_arrays(out) else None
     elif out.exists():
         wrong = "it is a file"
     if wrong:
@@ -161,13 +164,13 @@ class _Build:
                 if "built" not in self.state or self.result.exists() or self.out.exists():
                     return
                 self.state = {}
-            spill.remove(self.folder / spill.STATE)
-            for segment in spill.read_segments(self.folder):
-                if segment.mark.file >= same and (segment.mark.file, segment.mark.byte) != (same, 0):
-                    spill.remove(segment.path)
+            marks = [(segment.path, segment.mark) for segment in spill.read_segments(self.folder)]
+            kept = {path for path, mark in marks if mark.file < same or (mark.file, mark.byte) == (same, 0)}
         else:
-            for path in self.folder.iterdir():
-                spill.remove(path)
+            kept = set()
+        spill.remove(self.folder / spill.STATE)
+        for path in set(self.folder.iterdir()) - kept - {self.folder / _KEY}:
+            spill.remove(path)
         spill.sync_folder(self.folder)
         spill.write_json(self.folder / _KEY, key)
 
@@ -204,7 +207,7 @@ class _Build:
     def _memory(self) -> int:
         free = self.options.memory_bytes - resident_bytes()
         if free < MIN_FREE:
-            raise enough(self.options, MIN_FREE, "reading rows")
+            raise enough(self.options, MIN_FREE - free, "reading rows")
         return free
 
     def _write(self, numbered: Numbered, raw_rows: int) -> None:
@@ -235,7 +238,6 @@ class _Build:
             spill.remove(path)
         if self.out.is_dir():  # by rename: a folder must not lie under this name half removed
             os.replace(self.out, self.folder / _OLD)
-            spill.remove(self.folder / _OLD)
         os.replace(self.result, self.out)
         spill.sync_folder(self.out.parent)
 

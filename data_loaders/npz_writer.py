@@ -49,7 +49,7 @@ def write_criteo_npz(file, numbered: Numbered, meta: Meta, bar: tqdm) -> None:
 
     def dense() -> Iterator[np.ndarray]:
         for segment in segments:
-            yield segment.dense(np.int32)
+            yield segment.dense(np.int32, NUM_DENSE)
             bar.update(segment.rows)
 
     arrays = {

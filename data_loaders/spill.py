@@ -46,15 +46,6 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def sync_file(path: Path) -> None:
-    """Makes the bytes of a file that somebody wrote survive a power cut."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
 def write_whole(path: Path, pieces: Iterable[Any]) -> None:
     """A file of these bytes, whole or not there."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -146,9 +137,9 @@ class Segment:
         """[rows]"""
         return self._read(0, dtype)
 
-    def dense(self, dtype: type) -> np.ndarray:
-        """[rows, D]"""
-        return self._read(_DENSE, dtype).reshape(self.rows, -1)
+    def dense(self, dtype: type, width: int) -> np.ndarray:
+        """[rows, width]; a segment may have no row, where sub-sampling left all of its rows out."""
+        return self._read(_DENSE, dtype).reshape(self.rows, width)
 
     def when(self) -> np.ndarray:
         """[rows] int64, or [0] where there is none."""

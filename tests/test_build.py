@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_loaders import number_stage, numbering, read_stage, spill
+from data_loaders import arrays_writer, criteo_text, number_stage, numbering, read_stage, spill
 from data_loaders.arrays import open_arrays
 from data_loaders.blocks import Categorical, Dense, SplitRule
 from data_loaders.build import Options, build
@@ -382,6 +382,39 @@ def test_files_before_the_one_that_changed_are_not_read_again(tmp_path, monkeypa
     assert marks[0].rows == 70
 
 
+def test_nothing_of_an_older_file_is_left_behind_in_the_result(tmp_path, monkeypatch):
+    """Stopped while writing; then the last file is fetched again, shorter."""
+    source, out = source_for(tmp_path / "raw", "fraction", block_rows=5), tmp_path / "out"
+    source.part_rows = [40, 30, 30]
+    monkeypatch.setattr(read_stage, "SEGMENT_BYTES", 8)
+
+    def stop(*args):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays_writer, "_write_vocabularies", stop)
+        with pytest.raises(Stop):
+            make(source, out)
+    (tmp_path / "raw" / "part2.x").write_bytes(b"other")
+    source.labels, source.dense_values, source.part_rows = source.labels[:80], source.dense_values[:80], [40, 30, 10]
+    source.keys = [column[:80] for column in source.keys]
+    make(source, out)
+    make(source, tmp_path / "undisturbed")
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    open_arrays(out, False)
+
+
+@pytest.mark.parametrize("out", ["out", "out.npz"])
+def test_a_last_segment_whose_rows_were_all_left_out(tmp_path, out, monkeypatch):
+    monkeypatch.setattr(read_stage, "SEGMENT_ROWS", 20)
+    monkeypatch.setattr(criteo_text, "BLOCK_BYTES", 4000)
+    lines = oracle.make_text(700).split(b"\n")[:-1]
+    (tmp_path / "train.txt").write_bytes(b"".join((b"1" if k < 690 else b"0") + line[1:] + b"\n" for k, line in enumerate(lines)))
+    rng = np.random.RandomState(1)
+    built = preprocess(tmp_path / "train.txt", tmp_path / out, max_ind_range=-1, sub_sample_rate=1.0, rng=rng, progress=False)
+    assert built.rows == 690
+
+
 def test_a_damaged_or_missing_segment_is_read_again(tmp_path, monkeypatch):
     source = source_for(tmp_path / "raw", "fraction", block_rows=5)
     make(source, tmp_path / "undisturbed")
@@ -427,7 +460,12 @@ def test_places_that_are_not_replaced(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_bytes(b"")
     (tmp_path / "file").write_bytes(b"")
-    for name, words in (("full", "it is a folder that holds other things"), ("file", "it is a file"), ("absent/out", "No such file")):
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension" / "manifest.json").write_text('{"manifest_version": 3}')
+    other = "it is a folder that holds other things"
+    make(source, tmp_path / "more")
+    (tmp_path / "more" / "thesis.tex").write_bytes(b"")
+    for name, words in (("full", other), ("extension", other), ("more", other), ("file", "it is a file"), ("absent/out", "No such file")):
         with pytest.raises(UserError, match=f"cannot write {tmp_path / name}: {words}.*; name another place with --processed-data-file=PATH"):
             make(source, tmp_path / name)
     with pytest.raises(UserError, match="an .npz holds Criteo's columns only"):
