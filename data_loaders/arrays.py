@@ -17,11 +17,10 @@ import torch
 from tqdm import tqdm
 
 from data_loaders.criteo_npz import DAMAGE, atomic_write, cause
-from data_loaders.manifest import CHUNK_BYTES, NAME, ROWS, Manifest, Table, bag_files, vocabulary_files
+from data_loaders.manifest import CHUNK_BYTES, NAME, ROWS, STAMP, Manifest, Table, bag_files, vocabulary_files
 from data_loaders.spill import crc32
 from dlrm_xla.specs import UserError
 
-STAMP = "verified.json"
 _PIECE_BYTES = 1 << 20
 _ONE, _INFINITE = 0x3F800000, 0x7F800000  # bits of 1.0 and of infinity as float32
 
@@ -39,15 +38,6 @@ class Arrays:
 def is_arrays(path: Path) -> bool:
     """Whether the folder has a manifest."""
     return (path / NAME).is_file()
-
-
-def is_only_arrays(path: Path) -> bool:
-    """Whether a folder is an arrays folder, whole or damaged in its files, and holds nothing else: only such a folder is ever replaced."""
-    try:
-        manifest = Manifest.from_json((path / NAME).read_text(encoding="utf-8"))
-        return set(os.listdir(path)) <= {NAME, STAMP, *manifest.files}
-    except (OSError, AttributeError, *DAMAGE):
-        return False
 
 
 def way_out(folder: Path) -> str:

@@ -4,7 +4,7 @@ The work can be taken up again after any segment: `save` records how many are on
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data_loaders.criteo_npz import RawFingerprint
 from data_loaders.manifest import CHUNK_BYTES, NAME, ROWS, DenseColumn, File, Manifest, Part, Table, bag_files, vocabulary_files
-from data_loaders.spill import Segment, crc32, remove, sync_folder, write_all, write_whole
+from data_loaders.spill import Segment, crc32, remove, sync_folder, write_all, write_at, write_whole
 from data_loaders.spilled import IDS, IdReader, Numbered
 from dlrm_xla.specs import UserError
 
@@ -57,6 +57,8 @@ def write_arrays(
         writer.sync()
     finally:
         writer.close()
+    done = done | {"segments": len(numbered.spilled.segments)}
+    save(done)
     _write_vocabularies(folder, numbered)
     manifest = _manifest(numbered, tuple(dense), facts, raws)
     names = [ROWS]
@@ -64,21 +66,42 @@ def write_arrays(
         names += [*(bag_files(table.name) if table.multi_hot else ()), *vocabulary_files(table.name)]
     for stray in set(os.listdir(folder)) - set(names):
         os.unlink(folder / stray)
-    files = {name: checksums(folder / name) for name in names}
+    files = _checksums(folder, names, done, save, bar.disable)
     sync_folder(folder)
     write_whole(folder / NAME, [replace(manifest, files=files).to_json().encode()])
 
 
-def checksums(path: Path) -> File:
-    """A file's size and the CRC-32 of each of its chunks. Raises OSError."""
-    sums, size = [], 0
+def _checksums(folder: Path, names: list[str], done: dict[str, Any], save: Callable[[dict], None], quiet: bool) -> dict[str, File]:
+    """Of all files. What is done is saved with every SAVE_BYTES: the rows of the Terabyte set are 700 GB to read."""
+    files, sums = {}, dict(done.get("sums", {}))
+    with tqdm(
+        total=sum((folder / name).stat().st_size for name in names), desc="Checksums", unit="B", unit_scale=True, unit_divisor=1000, disable=quiet
+    ) as bar:
+        for name in names:
+
+            def count(found: list[int], name: str = name) -> None:
+                bar.update(CHUNK_BYTES)
+                if len(found) * CHUNK_BYTES % SAVE_BYTES == 0:
+                    sums[name] = found
+                    save(done | {"sums": sums})
+
+            files[name] = checksums(folder / name, sums.get(name, []), count)
+    return files
+
+
+def checksums(path: Path, known: Sequence[int] = (), whole_chunk: Callable[[list[int]], None] = lambda sums: None) -> File:
+    """A file's size and the CRC-32 of each of its chunks. known: those of its first chunks, which are not read. Raises OSError."""
+    sums, size = list(known), len(known) * CHUNK_BYTES
     buffer = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
+        file.seek(size)
         while got := file.readinto(buffer[: CHUNK_BYTES - size % CHUNK_BYTES]):
             if size % CHUNK_BYTES == 0:
                 sums.append(0)
             sums[-1] = crc32(buffer[:got], sums[-1])
             size += got
+            if size % CHUNK_BYTES == 0:
+                whole_chunk(sums)
     return File(size, tuple(sums))
 
 
@@ -110,10 +133,7 @@ class _Region:
         self._number, self.at = number, at
 
     def write(self, data: np.ndarray) -> None:
-        rest = memoryview(np.ascontiguousarray(data)).cast("B") if data.size else memoryview(b"")
-        while len(rest):
-            done = os.pwrite(self._number, rest, self.at)
-            self.at, rest = self.at + done, rest[done:]
+        self.at = write_at(self._number, np.ascontiguousarray(data).reshape(-1), self.at)
 
 
 class _RowWriter:

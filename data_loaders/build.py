@@ -17,10 +17,10 @@ from typing import Any
 from tqdm import tqdm
 
 from data_loaders import spill
-from data_loaders.arrays import is_only_arrays
 from data_loaders.arrays_writer import write_arrays
 from data_loaders.blocks import Source
 from data_loaders.criteo_npz import RawFingerprint
+from data_loaders.manifest import is_only_arrays  # not from arrays, which imports torch: 0.5 GB of the memory that is allowed
 from data_loaders.npz_writer import check_npz, meta_of, write_criteo_npz
 from data_loaders.number_stage import number_columns
 from data_loaders.read_stage import MIN_FREE, enough, read_rows, resident_bytes
@@ -238,6 +238,7 @@ class _Build:
             spill.remove(path)
         if self.out.is_dir():  # by rename: a folder must not lie under this name half removed
             os.replace(self.out, self.folder / _OLD)
+            spill.remove(self.folder / _OLD)  # now, because a run that is killed behind the next line leaves the folder to nobody
         os.replace(self.result, self.out)
         spill.sync_folder(self.out.parent)
 

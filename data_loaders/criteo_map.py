@@ -23,6 +23,10 @@ _INT32 = np.dtype("<i4")
 _LOCAL_HEADER = 30  # bytes before a zip member's name, of which the last four are the lengths of the name and of what follows it
 
 
+class CannotBeMapped(UserError):
+    """The file is whole, but stored in a way that no memory map can read: compressed, as upstream's are, or numbers of another type."""
+
+
 class MappedInts:
     """An integer array [n, width] of an open .npz, in memory that belongs to the file. [first:end] and take(rows) give copies [.., width].
 
@@ -114,13 +118,14 @@ def _meta_of(manifest: Manifest, path: Path) -> Meta:
             raws=raws if any(raw != raws[0] for raw in raws) else (),
             min_frequency=int(flags["min_frequency"]),
             vocabulary=RawFingerprint(**older) if older else None,
+            draws=str(manifest.source.get("draws", "")),
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{path}: its manifest is not of Criteo's rows ({cause(error)}); {way_out(path)}") from None
 
 
 def map_npz(path: Path) -> Processed:
-    """The processed file with MappedRows as `packed`. Raises UserError where it is damaged, something else, or cannot be mapped."""
+    """The processed file with MappedRows as `packed`. Raises UserError where it is damaged or something else, CannotBeMapped."""
     with reading(path), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         counts = read_counts(archive, path)
         with archive.open("y.npy") as member:
@@ -131,7 +136,7 @@ def map_npz(path: Path) -> Processed:
         try:
             arrays = tuple(MappedInts(file, archive, name, shape) for name, shape in shapes.items())
         except ValueError as error:
-            raise UserError(f"{path}: cannot be memory-mapped: {cause(error)}; {way_out(path)}, or leave --memory-map out") from None
+            raise CannotBeMapped(f"{path}: cannot be memory-mapped: {cause(error)}; {way_out(path)}, or leave --memory-map out") from None
         return Processed(MappedRows(path, arrays, counts), counts, *read_rest(archive))
 
 

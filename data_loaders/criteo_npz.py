@@ -13,13 +13,14 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import stat
 import struct
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,7 +37,7 @@ DAMAGE = (
 )  # fmt: skip
 _EDGE_BYTES = 1 << 20
 _CHUNK_ROWS = 1 << 16
-_OPTIONAL = ("raws", "min_frequency", "vocabulary")  # fields of Meta
+_OPTIONAL = ("raws", "min_frequency", "vocabulary", "draws")  # fields of Meta
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Meta:
     raws           Terabyte: the files of all days, in their order
     min_frequency  ids seen less often share id 0; 0: every id has one of its own
     vocabulary     the older result (npz, or its manifest) whose vocabularies numbered the ids
+    draws          SHA-256 of the random state that the sub-sampling started from; "": there was none, or (earlier versions) it was not noted
     """
 
     max_ind_range: int
@@ -85,6 +87,7 @@ class Meta:
     raws: tuple[RawFingerprint, ...] = ()
     min_frequency: int = 0
     vocabulary: RawFingerprint | None = None
+    draws: str = ""
 
     def to_json(self) -> str:
         """JSON on one line. What was not asked for is left out, so that a file made without it is the one that earlier versions made."""
@@ -100,6 +103,16 @@ class Meta:
         older = fields.get("vocabulary")
         made = {"raw": RawFingerprint(**fields["raw"]), "raws": tuple(RawFingerprint(**raw) for raw in fields.get("raws", ()))}
         return cls(**{**fields, **made, "vocabulary": RawFingerprint(**older) if older else None})
+
+    def same_rows(self, other: "Meta") -> bool:
+        """Whether both were made from the same files with the same flags. Names of files may differ: moved ones are still the same."""
+        draws = self.draws if other.draws else ""  # unknown: nothing speaks against it
+        return replace(_nameless(self), draws=draws) == replace(_nameless(other), draws=other.draws if self.draws else "")
+
+
+def _nameless(meta: Meta) -> Meta:
+    older = replace(meta.vocabulary, name="") if meta.vocabulary else None
+    return replace(meta, raw=replace(meta.raw, name=""), raws=tuple(replace(raw, name="") for raw in meta.raws), vocabulary=older)
 
 
 @dataclass
@@ -123,20 +136,20 @@ class Processed:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, way_out: str) -> Iterator[IO[bytes]]:
-    """A file that appears under its name only when it is whole. It is written beside, as .<name>.<process>.tmp, under a lock, so that
-    what an interrupted run left is told from what another run is still writing, and removed. An OSError becomes a UserError that ends
-    in way_out.
+    """A file that appears under its name only when it is whole. It is written beside, as .<name>.<process>.<random>.tmp, under a lock,
+    so that what an interrupted run left is told from what another run is still writing, and removed. The random part is for processes of
+    one number, in two containers that share a disk. An OSError becomes a UserError that ends in way_out.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = None
     try:
         _remove_stale(path)
-        with open(temporary, "wb") as file:
-            with contextlib.suppress(OSError):  # a file system without locks: only the cleaning up is lost
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file, temporary = _open_locked(path)
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)
+        temporary = None
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -145,8 +158,21 @@ def atomic_write(path: Path, way_out: str) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; {way_out}") from None
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _open_locked(path: Path) -> tuple[IO[bytes], Path]:
+    """A new file beside `path`, which is nobody else's, locked; and its name. Raises OSError."""
+    while True:
+        temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        file = open(temporary, "xb")  # noqa: SIM115: the caller closes it
+        with contextlib.suppress(OSError):  # a file system without locks: only the cleaning up is lost
+            fcntl.flock(file, fcntl.LOCK_EX)  # waits, at most for another run that cleans up and takes it for stale
+        if temporary.exists():
+            return file, temporary
+        file.close()  # that run has removed it
 
 
 def _remove_stale(path: Path) -> None:
@@ -183,6 +209,8 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"--processed-data-file={path}: cannot read it: {error.strerror or error}") from None
     except UserError:
         raise
+    except MemoryError as error:
+        raise UserError(f"{path}: does not fit into memory ({cause(error)}); add --memory-map") from None
     except DAMAGE as error:
         raise UserError(f"{path}: damaged, or not a processed Criteo file ({cause(error)}); {way_out(path)}") from None
 
@@ -206,6 +234,8 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Processed:
     if len(shape) != 1 or shape[0] < 1:
         raise UserError(f"{path}: y has shape {shape}, not [rows]; {way_out(path)}")
     n = shape[0]
+    if n > archive.getinfo("y.npy").file_size:  # before memory is asked for
+        raise ValueError("y is shorter than its header says")
     packed = np.empty((n, 1 + NUM_DENSE + NUM_SPARSE), dtype=np.int32)
     first = 0
     for name, width in (("y", 1), ("X_int", NUM_DENSE), ("X_cat", NUM_SPARSE)):

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from data_loaders.criteo_npz import DAMAGE, Meta, Processed, RawFingerprint, atomic_write, cause, read_array
+from data_loaders.split import split_days
 from dlrm_xla.specs import UserError
 
 _OUR_MARK = "made_by_dlrm_xla"
+PROCESSED_NAME = "kaggleAdDisplayChallenge_processed.npz"  # upstream's, in the raw file's folder
 WAY_OUT = "delete it or choose another --processed-data-file"
 
 
@@ -26,7 +28,7 @@ class CriteoSet:
     def processed(self, raw: Path) -> Path:
         """Where a result lies that no flag names: upstream's file for Kaggle, a folder of our own for the Terabyte set."""
         if self.name == "kaggle":
-            return raw.parent / "kaggleAdDisplayChallenge_processed.npz"
+            return raw.parent / PROCESSED_NAME
         return raw.with_name(f"{raw.name}_processed")
 
     def day_count_file(self, raw: Path) -> Path:
@@ -54,26 +56,37 @@ def _beside(stem: Path, end: str) -> Path:
     return stem.with_name(stem.name + end)
 
 
-def check_meta(criteo: CriteoSet, meta: Meta, path: Path, raw: Path | None, asked: dict[str, float], vocabulary: str) -> None:
-    """Refuses a file of ours that was made with other flags or from other raw files (if they are still there to compare).
+@dataclass(frozen=True)
+class Asked:
+    """What a run wants the rows to be made with. vocabulary: "" for none; draws: Meta.draws of this run's random numbers."""
 
-    asked: max_ind_range, sub_sample_rate, min_frequency. Raises UserError.
-    """
+    max_ind_range: int
+    sub_sample_rate: float
+    min_frequency: int
+    vocabulary: str
+    draws: str
+
+
+def check_meta(criteo: CriteoSet, meta: Meta, path: Path, raw: Path | None, asked: Asked, way_out: str = WAY_OUT) -> None:
+    """Refuses a file of ours that was made with other flags or from other raw files (if they are still there to compare). Raises UserError."""
+    vocabulary = asked.vocabulary
     # 0 and every negative number mean the same: no limit
     rules = (
         ("number of days", meta.days, criteo.days),
-        ("--max-ind-range", max(meta.max_ind_range, 0) or -1, max(int(asked["max_ind_range"]), 0) or -1),
-        ("--data-sub-sample-rate", float(meta.sub_sample_rate), float(asked["sub_sample_rate"])),
-        ("--min-frequency", meta.min_frequency, int(asked["min_frequency"])),
+        ("--max-ind-range", max(meta.max_ind_range, 0) or -1, max(asked.max_ind_range, 0) or -1),
+        ("--data-sub-sample-rate", float(meta.sub_sample_rate), float(asked.sub_sample_rate)),
+        ("--min-frequency", meta.min_frequency, asked.min_frequency),
     )
     for flag, of_file, wanted in rules:
         if of_file != wanted:
-            raise UserError(f"{path}: made with {flag}={of_file}, but {wanted} is asked for; {WAY_OUT}")
+            raise UserError(f"{path}: made with {flag}={of_file}, but {wanted} is asked for; {way_out}")
+    if asked.sub_sample_rate > 0 and meta.draws and meta.draws != asked.draws:
+        raise UserError(f"{path}: its rows were sampled with another --numpy-rand-seed; give the seed that they were made with, or {way_out}")
     if bool(vocabulary) != (meta.vocabulary is not None):
         made, asked_for = ("without", "") if vocabulary else ("with", "not ")
-        raise UserError(f"{path}: made {made} --vocabulary, which is {asked_for}asked for; {WAY_OUT}")
+        raise UserError(f"{path}: made {made} --vocabulary, which is {asked_for}asked for; {way_out}")
     if vocabulary and not _same(meta.vocabulary, vocabulary_file(Path(vocabulary))):
-        raise UserError(f"{path}: made with another --vocabulary ({meta.vocabulary.name}) than {vocabulary}; {WAY_OUT}")
+        raise UserError(f"{path}: made with another --vocabulary ({meta.vocabulary.name}) than {vocabulary}; {way_out}")
     if raw is None:
         return
     now = {_day_of(file.name): file for file in criteo.raw_files(raw)}
@@ -83,7 +96,7 @@ def check_meta(criteo: CriteoSet, meta: Meta, path: Path, raw: Path | None, aske
             continue
         sizes = f"{made.size} bytes then, {file.stat().st_size} now" if made.size != file.stat().st_size else "same size, other content"
         named = f"--raw-data-file={raw}" if criteo.name == "kaggle" else f"{file}, of --raw-data-file={raw}"
-        raise UserError(f"{path}: made from another raw file ({made.name}) than {named} ({sizes}); {WAY_OUT}")
+        raise UserError(f"{path}: made from another raw file ({made.name}) than {named} ({sizes}); {way_out}")
 
 
 def vocabulary_file(place: Path) -> Path:
@@ -114,7 +127,7 @@ def rows_of_days(criteo: CriteoSet, data: Processed, path: Path, raw: Path | Non
             raise UserError(f"{source}: cannot read upstream's rows per day ({cause(error)}); delete it") from None
     n = len(data.packed)
     if total is None and criteo.name == "kaggle":
-        return n // criteo.days + (np.arange(criteo.days) < n % criteo.days)
+        return split_days(n, criteo.days)
     if total is None:
         where = f"{criteo.day_count_file(raw)}: no such file" if raw is not None else "no --raw-data-file=DIR/day is given"
         raise UserError(f"{path}: does not say how many rows each day has, and {where}; upstream's DIR/day_day_count.npz says it")
@@ -134,13 +147,13 @@ def read_id_counts(path: Path) -> np.ndarray:
     return counts.astype(np.int64)
 
 
-def write_count_file(path: Path, name: str, values: np.ndarray) -> bool:
+def write_count_file(path: Path, name: str, values: np.ndarray, way_out: str = "name another place") -> bool:
     """One array as upstream looks for it. Upstream's own file is left as it is (False); one of ours is brought up to date."""
     if path.exists():
         try:
             read_array(path, _OUR_MARK)
         except (OSError, *DAMAGE):
             return False
-    with atomic_write(path, "name another place") as file:
+    with atomic_write(path, way_out) as file:
         np.savez(file, **{name: values, _OUR_MARK: np.array("")})
     return True

@@ -51,10 +51,7 @@ class CriteoSource:
 
     def describe(self) -> dict:
         """The state of the random numbers belongs to it: other numbers keep other rows."""
-        draws = {}
-        if self._rng_state is not None:
-            name, words, *rest = self._rng_state
-            draws["draws"] = hashlib.sha256(words.tobytes() + repr((name, *rest)).encode()).hexdigest()
+        draws = {"draws": draws_of(self._rng_state)} if self._rng_state is not None else {}
         return {"source": self._kind, **draws, "flags": dict(self._flags)}
 
     def blocks(self, start: Mark | None, *, progress: bool) -> Iterator[tuple[Block, Mark]]:
@@ -117,6 +114,12 @@ class CriteoSource:
                 for block, first_line in blocks_from(self.files[file], byte, line, bar):
                     byte += len(block)
                     yield file, first_line, byte, block
+
+
+def draws_of(rng_state: tuple) -> str:
+    """Stands for the numbers that RandomState.get_state(legacy=True) goes on to: its SHA-256."""
+    name, words, *rest = rng_state
+    return hashlib.sha256(words.tobytes() + repr((name, *rest)).encode()).hexdigest()
 
 
 def day_files(prefix: Path, days: int) -> tuple[Path, ...]:

@@ -1,12 +1,17 @@
 """manifest.json of an arrays folder: what the folder was made from and with, its columns, and every file's size and checksums."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from data_loaders.criteo_npz import DAMAGE
+
 FORMAT = 1
 NAME = "manifest.json"
+STAMP = "verified.json"  # of checksums that have been compared (data_loaders.arrays)
 ROWS = "rows.bin"
 CHUNK_BYTES = 64 << 20  # of each checksum
 
@@ -94,6 +99,15 @@ class Manifest:
         made = {name: tuple(kind(**entry) for entry in fields[name]) for name, kind in lists.items()}
         files = {name: File(entry["bytes"], tuple(entry["crc32"])) for name, entry in fields["files"].items()}
         return cls(**{**fields, **made, "files": files})
+
+
+def is_only_arrays(path: Path) -> bool:
+    """Whether a folder is an arrays folder, whole or damaged in its files, and holds nothing else: only such a folder is ever replaced."""
+    try:
+        manifest = Manifest.from_json((path / NAME).read_text(encoding="utf-8"))
+        return set(os.listdir(path)) <= {NAME, STAMP, *manifest.files}
+    except (OSError, AttributeError, *DAMAGE):
+        return False
 
 
 def bag_files(column: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Numbered Criteo rows to one .npz, which upstream can read too (data_loaders.criteo_npz); the vocabularies are arrays of their own in it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ def meta_of(flags: dict, days: int, raws: list[RawFingerprint], raw_rows: int) -
 
 def write_criteo_npz(file, numbered: Numbered, meta: Meta, bar: tqdm) -> None:
     """bar: goes on by the rows of all, twice."""
+    meta = replace(meta, draws=numbered.spilled.source.describe().get("draws", ""))
     segments = numbered.spilled.segments
     n = sum(segment.rows for segment in segments)
     counts = np.array([entry.rows for entry in numbered.vocabularies], np.int32)

@@ -49,7 +49,7 @@ def number_columns(
                     entry = _Column(spilled, column, totals[column], ids_at, bar).number(ids_file, vocabulary_file, options, old)
                 except TooLittleMemory as error:
                     what = f"column {columns[column].name}"
-                    raise enough(options, error.args[0], what) from None
+                    raise enough(options, error.args[0] - error.args[1], what) from None
                 except TooManyIds as error:
                     raise UserError(f"column {columns[column].name}: {error.args[0]} ids; the most is 2147483647: give it a max_ind_range") from None
                 entries.append(asdict(entry) | {"hotness": _hotness(spilled, column)})

@@ -3,7 +3,7 @@
 A column that fits goes through one pyarrow hash table. A larger one is read in pieces: pyarrow finds a piece's distinct keys, and only those meet
 what is known so far, which is sorted runs (12 or 16 bytes a key, twice that while they are merged) or, for 32-bit keys, a bitmap of all 2^32 keys:
 512 MiB whatever the number of keys. The bitmap says only which keys are new; a second pass finds the id of a key by its rank among
-the set bits (67 MB of counts) in a table of 4 bytes an id. Measured on keys that are all distinct, pyarrow's table takes up to 16 bytes
+the set bits (134 MB of counts) in a table of 4 bytes an id. Measured on keys that are all distinct, pyarrow's table takes up to 16 bytes
 (32-bit keys; else 24) for each of 4^k slots, at most half of them in use, and a quarter of that again while it grows.
 """
 
@@ -24,7 +24,7 @@ _BLOCK_BITS = 256  # of the bitmap: ranks are counted up to each such block, and
 
 
 class TooLittleMemory(Exception):
-    """args[0]: bytes that are enough, besides what the process already holds."""
+    """args: bytes that are enough, besides what the process already holds, and the bytes that there were."""
 
 
 class TooManyIds(Exception):
@@ -107,7 +107,7 @@ def _number_by_pieces(keys: Keys, memory: int, ids_file: IO[bytes], keys_file: I
         if runs.bytes_with(len(piece)) > limit:
             if bitmap_fits:
                 return _number_by_bitmap(keys, runs, done, num_ids, memory, ids_file, keys_file, keys_at)
-            raise TooLittleMemory(enough_bytes(keys))
+            raise TooLittleMemory(enough_bytes(keys), memory)
         distinct, numbers = encode(piece)
         ids = runs.find(distinct)
         new = np.flatnonzero(ids < 0)
@@ -127,7 +127,8 @@ def _number_by_bitmap(
     """Goes on where runs hold the num_ids keys of the first `done` ones."""
     bitmap = RankedBitmap(keys.bound)
     for known, _ in runs.runs:
-        bitmap.mark(known)
+        for at in range(0, len(known), PIECE):  # marking takes some arrays of the keys' size
+            bitmap.mark(known[at : at + PIECE])
     runs.clear()
     for piece in keys.pieces(done):
         distinct, _ = encode(piece)
@@ -139,7 +140,7 @@ def _number_by_bitmap(
     if num_ids > MAX_INT32:
         raise TooManyIds(num_ids)
     if bitmap_bytes(keys.bound, num_ids) > memory:
-        raise TooLittleMemory(min(enough_bytes(keys), bitmap_bytes(keys.bound, num_ids)))
+        raise TooLittleMemory(min(enough_bytes(keys), bitmap_bytes(keys.bound, num_ids)), memory)
     keys_file.seek(keys_at)
     bitmap.number(_stored(keys_file, keys.dtype), num_ids)
     for piece in keys.pieces(done):

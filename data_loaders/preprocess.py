@@ -7,7 +7,6 @@ memory that --preprocess-memory allows, and one result is written, atomically. A
 
 import argparse
 import contextlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -15,20 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from data_loaders.build import Built, Options, build
-from data_loaders.criteo_npz import DAMAGE, atomic_write, read_array
+from data_loaders.criteo_set import PROCESSED_NAME, SETS, CriteoSet, write_count_file
 from data_loaders.criteo_source import KAGGLE_DAYS, CriteoSource, skip_draws
 from data_loaders.split import split_days
 from dlrm_xla.specs import UserError
 
 DAYS = KAGGLE_DAYS
-PROCESSED_NAME = "kaggleAdDisplayChallenge_processed.npz"  # upstream's name for it, in the raw file's folder
-TERABYTE_NAME = "{}_processed"  # an arrays folder; {}: the name in --raw-data-file=DIR/day
 MEMORY_BYTES = 4 * 10**9
-_OUR_MARK = "made_by_dlrm_xla"
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{unit}{end}": base**power for power, unit in enumerate("kmgt", 1) for end, base in (("", 1000), ("b", 1000), ("ib", 1024))}
 
-__all__ = ["DAYS", "PROCESSED_NAME", "day_count_file", "parse_size", "preprocess", "preprocess_terabyte", "split_days"]
+__all__ = ["DAYS", "PROCESSED_NAME", "parse_size", "preprocess", "preprocess_terabyte", "split_days"]
 
 
 def preprocess(
@@ -53,7 +49,7 @@ def preprocess(
     Raises UserError for a bad line (with its number), an unreadable raw file, too few rows, or an `out` that cannot be written.
     """
     source = CriteoSource.kaggle(raw, max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, days=days, rng=rng)
-    return _build(source, raw, out, Options(memory_bytes, min_frequency, vocabulary), rng if sub_sample_rate > 0 else None, progress)
+    return _build(SETS["kaggle"], source, raw, out, Options(memory_bytes, min_frequency, vocabulary), rng if sub_sample_rate > 0 else None, progress)
 
 
 def preprocess_terabyte(
@@ -70,36 +66,22 @@ def preprocess_terabyte(
 ) -> Built:
     """The same of Terabyte's 24 files: prefix DIR/day stands for DIR/day_0 .. DIR/day_23, plain or with .gz at the end."""
     source = CriteoSource.terabyte(prefix, max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, rng=rng)
-    return _build(source, prefix, out, Options(memory_bytes, min_frequency, vocabulary), rng if sub_sample_rate > 0 else None, progress)
+    return _build(SETS["terabyte"], source, prefix, out, Options(memory_bytes, min_frequency, vocabulary), rng if sub_sample_rate > 0 else None, progress)
 
 
-def _build(source: CriteoSource, raw: Path, out: Path, options: Options, rng: np.random.RandomState | None, progress: bool) -> Built:
+def _build(
+    criteo: CriteoSet, source: CriteoSource, raw: Path, out: Path, options: Options, rng: np.random.RandomState | None, progress: bool
+) -> Built:
     def before_naming(built: Built) -> None:
         # upstream looks for this file where it finds an .npz beside the raw file
         if out.suffix == ".npz" and out.parent.resolve() == raw.parent.resolve():
-            _write_day_count(raw, np.array(built.part_rows, np.int64))
+            way_out = "name a place outside the raw file's folder with --processed-data-file=PATH"
+            write_count_file(criteo.day_count_file(raw), "total_per_file", np.array(built.part_rows, np.int64), way_out)
 
     built = build(source, out, options, progress=progress, before_naming=before_naming)
     if rng is not None:
         skip_draws(rng, built.raw_rows)  # the source drew from a copy, which may have begun in the middle
     return built
-
-
-def day_count_file(raw: Path) -> Path:
-    """Where upstream looks for the rows of each day."""
-    return raw.parent / (raw.name.split(".")[0] + "_day_count.npz")
-
-
-def _write_day_count(raw: Path, total_per_file: np.ndarray) -> None:
-    """Upstream reads the rows of each day from a file of its own. Upstream's is left as it is; one of ours is brought up to date."""
-    path = day_count_file(raw)
-    if path.exists():
-        try:
-            read_array(path, _OUR_MARK)
-        except (OSError, *DAMAGE):
-            return
-    with atomic_write(path, "name a place outside the raw file's folder with --processed-data-file=PATH") as file:
-        np.savez(file, **{"total_per_file": total_per_file, _OUR_MARK: np.array(os.path.basename(raw))})
 
 
 def parse_size(text: str, flag: str = "--preprocess-memory") -> int:
@@ -139,8 +121,7 @@ def _run(args: argparse.Namespace) -> tuple[Built, Path]:
     if not 0 <= args.numpy_rand_seed < 2**32:
         raise UserError(f"--numpy-rand-seed={args.numpy_rand_seed} is not a seed; it must be from 0 to {2**32 - 1}")
     raw, kaggle = Path(args.raw_data_file), args.data_set == "kaggle"
-    default = PROCESSED_NAME if kaggle else TERABYTE_NAME.format(raw.name)
-    out = Path(args.processed_data_file) if args.processed_data_file else raw.parent / default
+    out = Path(args.processed_data_file) if args.processed_data_file else SETS[args.data_set].processed(raw)
     built = (preprocess if kaggle else preprocess_terabyte)(
         raw,
         out,

@@ -1,5 +1,7 @@
 """The first stage of data_loaders.build: blocks of a source become segments on the disk, from the last whole one on."""
 
+import contextlib
+import ctypes
 import math
 import resource
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,12 +38,14 @@ def resident_bytes() -> int:
 def free_bytes(options: _HasMemory) -> int:
     """What the budget leaves for a stage's large arrays."""
     pa.default_memory_pool().release_unused()
+    with contextlib.suppress(OSError, AttributeError):  # glibc; it keeps some 100 MB of freed arrays otherwise
+        ctypes.CDLL(None).malloc_trim(0)
     return options.memory_bytes - resident_bytes() - _RESERVE
 
 
-def enough(options: _HasMemory, need: int, what: str) -> UserError:
-    """The error of a budget that is too small. need: bytes of large arrays."""
-    least = math.ceil((resident_bytes() + _RESERVE + need) * 1.02 / 1e6)
+def enough(options: _HasMemory, missing: int, what: str) -> UserError:
+    """The error of a budget that is too small by `missing` bytes; the process may hold a little more or less the next time."""
+    least = math.ceil((options.memory_bytes + missing) * 1.05 / 1e6)
     return UserError(f"{options.memory_flag}={options.memory_bytes} bytes is too little for {what}: {least}MB is enough")
 
 

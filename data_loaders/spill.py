@@ -64,6 +64,15 @@ def write_all(file, piece: Any) -> None:
         rest = rest[file.write(rest) :]
 
 
+def write_at(number: int, data: Any, at: int) -> int:
+    """All bytes of data into an open file from byte `at` on; returns where they end. A call may write only some of them."""
+    rest = memoryview(data).cast("B") if len(data) else memoryview(b"")
+    while len(rest):
+        done = os.pwrite(number, rest, at)
+        at, rest = at + done, rest[done:]
+    return at
+
+
 def remove(path: Path) -> None:
     """A file or a folder, if there is one."""
     if path.is_dir() and not path.is_symlink():

@@ -17,7 +17,7 @@ from data_loaders.criteo_npz import DAMAGE, Meta, RawFingerprint, cause, read_sm
 from data_loaders.criteo_text import NUM_SPARSE
 from data_loaders.manifest import CHUNK_BYTES, NAME, Manifest, vocabulary_files
 from data_loaders.numbering import PIECE, RUNS_BYTES_PER_ID, Keys, RankedBitmap, Runs, TooLittleMemory, bitmap_bytes, encode
-from data_loaders.spill import crc32, write_all
+from data_loaders.spill import crc32, write_all, write_at
 from dlrm_xla.specs import UserError
 
 
@@ -68,7 +68,7 @@ def share_rare(
     keys, counts: files of num_ids numbers each. Appends the new keys (a placeholder 0 first) and counts to `out`; returns the new number of ids.
     """
     if 4 * num_ids + 8_000_000 > memory:
-        raise TooLittleMemory(4 * num_ids + 8_000_000)
+        raise TooLittleMemory(4 * num_ids + 8_000_000, memory)
     keys_file, dtype = keys
     new_id, next_id, rare = np.zeros(num_ids, np.int32), 1, 0
     for number, seen in enumerate(stored(counts, np.int64, 0, num_ids)):
@@ -77,7 +77,7 @@ def share_rare(
         next_id += len(kept)
         rare += int(seen.sum() - seen[kept].sum())
     for number, ids in enumerate(stored(ids_file, np.int32, ids_at, total)):
-        os.pwrite(ids_file.fileno(), new_id[ids].tobytes(), ids_at + number * PIECE * 4)
+        write_at(ids_file.fileno(), new_id[ids], ids_at + number * PIECE * 4)
     for file, kind, first in ((keys_file, dtype, 0), (counts, np.int64, rare)):
         write_all(out, np.array([first], kind))
         for number, values in enumerate(stored(file, kind, 0, num_ids)):
@@ -189,6 +189,8 @@ def npz_member(column: int) -> str:
 def encode_with(keys: Keys, name: str, old: OldColumn, path: Path, memory: int, ids_file: IO[bytes]) -> np.ndarray:
     """Writes the old ids of all keys to ids_file, [total] int32; returns the old keys. Raises UserError for a key that it lacks and has no shared
     id for, TooLittleMemory."""
+    if old.rows * old.key_bits // 8 > memory:
+        raise TooLittleMemory(old.rows * (old.key_bits // 8 + RUNS_BYTES_PER_ID[old.key_bits // 8] + 12), memory)
     known = old.read()
     if len(known) != old.rows:
         raise UserError(f"--vocabulary={path}: column {name} has {len(known)} keys for {old.rows} ids: damaged; {_WAY_OUT}")
@@ -214,13 +216,13 @@ def _finder(known: np.ndarray, shared: bool, memory: int) -> Callable[[np.ndarra
     sorting = (RUNS_BYTES_PER_ID[known.itemsize] + 12) * len(known)
     if sorting <= memory or known.itemsize == 8:
         if sorting > memory:
-            raise TooLittleMemory(sorting + known.nbytes)
+            raise TooLittleMemory(sorting, memory)
         runs = Runs(known.dtype)
         if len(known) > first:
             runs.add(known[first:], np.arange(first, len(known), dtype=np.int32))
         return runs.find
     if bitmap_bytes(2**32, len(known)) > memory:
-        raise TooLittleMemory(min(sorting, bitmap_bytes(2**32, len(known))) + known.nbytes)
+        raise TooLittleMemory(min(sorting, bitmap_bytes(2**32, len(known))), memory)
     bitmap = RankedBitmap(2**32)
     for at in range(first, len(known), PIECE):
         bitmap.mark(known[at : at + PIECE])
