@@ -127,7 +127,10 @@ def day_files(prefix: Path, days: int) -> tuple[Path, ...]:
     files = []
     for day in range(days):
         plain = prefix.with_name(f"{prefix.name}_{day}")
-        found = next((path for path in (plain, plain.with_name(f"{plain.name}.gz")) if path.exists()), None)
+        zipped = plain.with_name(f"{plain.name}.gz")
+        if plain.exists() and zipped.exists():
+            raise UserError(f"--raw-data-file={prefix}: {plain} is there twice, plain and as {zipped.name}; remove one of them")
+        found = next((path for path in (plain, zipped) if path.exists()), None)
         if found is None:
             raise UserError(
                 f"--raw-data-file={prefix}: {plain} is missing, and so is {plain.name}.gz; Terabyte is {days} files, "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,18 @@ class Manifest:
         return 1 + len(self.dense) + len(self.one_hot)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        fields = asdict(self)
+        return json.dumps({"crc32": checksum_of(fields), **fields}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
         """Raises ValueError, KeyError or TypeError where it is not ours."""
         fields = json.loads(text)
+        checksum = fields.pop("crc32")
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']}, while this version reads format {FORMAT}")
+        if checksum != checksum_of(fields):
+            raise ValueError("its checksum does not fit: it was changed")
         lists = {"parts": Part, "dense": DenseColumn, "tables": Table}
         made = {name: tuple(kind(**entry) for entry in fields[name]) for name, kind in lists.items()}
         files = {name: File(entry["bytes"], tuple(entry["crc32"])) for name, entry in fields["files"].items()}
@@ -108,6 +113,11 @@ def is_only_arrays(path: Path) -> bool:
         return set(os.listdir(path)) <= {NAME, STAMP, *manifest.files}
     except (OSError, AttributeError, *DAMAGE):
         return False
+
+
+def checksum_of(fields: dict[str, Any]) -> int:
+    """Of the manifest's own fields, whatever the blanks between them."""
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 def bag_files(column: str) -> tuple[str, str]:

@@ -45,7 +45,13 @@ def rewrite(folder, name: str, change) -> None:
     path.write_bytes(data)
     fields = json.loads((folder / NAME).read_text())
     fields["files"][name] = {"bytes": len(data), "crc32": [crc32(data)] if data else []}
-    (folder / NAME).write_text(json.dumps(fields))
+    (folder / NAME).write_text(signed(fields))
+
+
+def signed(fields) -> str:
+    """A manifest's text with the checksum that belongs to it."""
+    rest = {name: value for name, value in fields.items() if name != "crc32"}
+    return json.dumps({"crc32": manifest.checksum_of(rest), **rest})
 
 
 def put(at: int, value: int, kind=np.int32):
@@ -122,7 +128,7 @@ def test_the_chunk_that_is_damaged_is_named(folder, monkeypatch):
     for name in fields["files"]:
         entry = checksums(folder / name)
         fields["files"][name] = {"bytes": entry.bytes, "crc32": entry.crc32}
-    (folder / NAME).write_text(json.dumps(fields))
+    (folder / NAME).write_text(signed(fields))
     open_arrays(folder, False)
     rewritten = bytearray((folder / ROWS).read_bytes())
     rewritten[2500] ^= 8
@@ -165,21 +171,22 @@ BAD_MANIFESTS = {
     "no JSON": lambda fields: "{",
     "a list": lambda fields: "[]",
     "empty": lambda fields: "",
-    "format": lambda fields: json.dumps(fields | {"format": 2}),
-    "no format": lambda fields: json.dumps({name: value for name, value in fields.items() if name != "format"}),
-    "a field more": lambda fields: json.dumps(fields | {"color": 1}),
-    "a field less": lambda fields: json.dumps({name: value for name, value in fields.items() if name != "rows"}),
-    "rows": lambda fields: json.dumps(fields | {"rows": N + 1}),
-    "rows are text": lambda fields: json.dumps(fields | {"rows": "200"}),
-    "num_test": lambda fields: json.dumps(fields | {"num_test": N}),
-    "number_type": lambda fields: json.dumps(fields | {"number_type": "int8"}),
-    "a table's rows": lambda fields: json.dumps(fields | {"tables": [fields["tables"][0] | {"rows": 0}, *fields["tables"][1:]]}),
-    "a table less": lambda fields: json.dumps(fields | {"tables": fields["tables"][1:]}),
-    "a file less": lambda fields: json.dumps(fields | {"files": {name: entry for name, entry in fields["files"].items() if name != ROWS}}),
-    "a file more": lambda fields: json.dumps(fields | {"files": fields["files"] | {"../x": {"bytes": 1, "crc32": [0]}}}),
-    "no checksum": lambda fields: json.dumps(fields | {"files": fields["files"] | {ROWS: fields["files"][ROWS] | {"crc32": []}}}),
-    "files are numbers": lambda fields: json.dumps(fields | {"files": 5}),
-    "parts": lambda fields: json.dumps(fields | {"parts": []}),
+    "a number changed": lambda fields: json.dumps(fields | {"num_train": fields["num_train"] - 1}),
+    "format": lambda fields: signed(fields | {"format": 2}),
+    "no format": lambda fields: signed({name: value for name, value in fields.items() if name != "format"}),
+    "a field more": lambda fields: signed(fields | {"color": 1}),
+    "a field less": lambda fields: signed({name: value for name, value in fields.items() if name != "rows"}),
+    "rows": lambda fields: signed(fields | {"rows": N + 1}),
+    "rows are text": lambda fields: signed(fields | {"rows": "200"}),
+    "num_test": lambda fields: signed(fields | {"num_test": N}),
+    "number_type": lambda fields: signed(fields | {"number_type": "int8"}),
+    "a table's rows": lambda fields: signed(fields | {"tables": [fields["tables"][0] | {"rows": 0}, *fields["tables"][1:]]}),
+    "a table less": lambda fields: signed(fields | {"tables": fields["tables"][1:]}),
+    "a file less": lambda fields: signed(fields | {"files": {name: entry for name, entry in fields["files"].items() if name != ROWS}}),
+    "a file more": lambda fields: signed(fields | {"files": fields["files"] | {"../x": {"bytes": 1, "crc32": [0]}}}),
+    "no checksum": lambda fields: signed(fields | {"files": fields["files"] | {ROWS: fields["files"][ROWS] | {"crc32": []}}}),
+    "files are numbers": lambda fields: signed(fields | {"files": 5}),
+    "parts": lambda fields: signed(fields | {"parts": []}),
 }
 
 

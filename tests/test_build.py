@@ -3,7 +3,10 @@
 import gzip
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -485,3 +488,9 @@ def test_more_ids_than_int32(tmp_path, monkeypatch):
     monkeypatch.setattr(number_stage, "number_ids", too_many)
     with pytest.raises(UserError, match="column a: 2147483648 ids; the most is 2147483647: give it a max_ind_range"):
         make(source, tmp_path / "out")
+
+
+def test_preprocessing_needs_no_torch():
+    """It would take 0.5 GB of the memory that --preprocess-memory allows."""
+    code = "import sys, data_loaders.preprocess; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
