@@ -10,15 +10,20 @@ PROCESSED  an .npz of ours or of upstream, or an arrays folder
              (<PLACE>_0_reordered.npz ..., <PLACE>_day_count.npz, <PLACE>_fea_count.npz; Kaggle: <stem>_day_0_reordered.npz ...)
 bin and days hold the training rows in the order of --memory-map, drawn for --numpy-rand-seed and --data-randomize, as upstream draws it when
 it starts from the raw text. Nothing is overwritten without --force. Each file appears under its name when it is whole. Rows are read where
-they lie; only upstream's .npz, which is compressed, is read into memory (160 bytes a row).
+they lie, 65,536 at a time; only upstream's .npz, which is compressed, is read into memory (160 bytes a row). npz takes 4 bytes an id of the
+largest column besides, arrays 8 bytes an id of all columns, bin and days, where the order is not there, what drawing it takes (data_loaders.reorder).
 """
 
 import argparse
+import contextlib
+import fcntl
+import glob
 import os
+import secrets
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,11 +33,11 @@ from tqdm import tqdm
 from data_loaders import mlperf_bin
 from data_loaders.arrays import is_arrays, read_manifest
 from data_loaders.arrays_writer import checksums
-from data_loaders.criteo_map import read_processed
+from data_loaders.criteo_map import CannotBeMapped, read_processed
 from data_loaders.criteo_npz import DAMAGE, Processed, atomic_write, cause, read_array, read_small, write_npz
 from data_loaders.criteo_set import SETS, CriteoSet, rows_of_days, write_count_file
 from data_loaders.criteo_text import COLUMNS, NUM_DENSE, NUM_SPARSE
-from data_loaders.manifest import NAME, ROWS, DenseColumn, File, Manifest, Part, Table, vocabulary_files
+from data_loaders.manifest import NAME, ROWS, DenseColumn, File, Manifest, Part, Table, is_only_arrays, vocabulary_files
 from data_loaders.mlperf_bin import BinSource
 from data_loaders.reorder import OrderKey, order_file, stored_order
 from data_loaders.spill import sync_folder
@@ -61,9 +66,7 @@ def open_processed(path: Path, data_set: str, raw: Path | None, progress: bool) 
         raise UserError(f"{path}: a folder without manifest.json, so not a processed set")
     try:
         data = read_processed(path, mapped=True, progress=progress)
-    except UserError as error:
-        if "cannot be memory-mapped" not in str(error):
-            raise
+    except CannotBeMapped:
         data = read_processed(path, mapped=False, progress=progress)
     days = len(data.total_per_file) if data.total_per_file is not None else 0
     told = next((known.name for known in SETS.values() if known.days == days), "")
@@ -95,13 +98,15 @@ def convert(
         raise UserError(f"--out {out}: an arrays folder's name does not end in .npz")
     targets = _targets(opened.criteo, form, out)
     there = [target for target in targets if target.exists()]
-    if opened.path in targets:
+    if any(target.samefile(opened.path) for target in there):
         raise UserError(f"--out {out}: is what is to be read; {_WAY_OUT}")
     if there and not force:
         raise UserError(f"{there[0]}: exists; --force overwrites it{f' and {len(there) - 1} more' if len(there) > 1 else ''}, or {_WAY_OUT}")
     for target in there:
-        if target.is_dir() and not (form == "arrays" and is_arrays(target)):
-            raise UserError(f"{target}: is a folder that holds other things; {_WAY_OUT}")
+        if form != "arrays" and target.is_dir():
+            raise UserError(f"{target}: is a folder; {_WAY_OUT}")
+        if form == "arrays":
+            _check_ours(target)
     if form == "npz":
         _write_npz(opened, out, progress)
         if raw is not None:
@@ -113,6 +118,14 @@ def convert(
     else:
         _write_days(opened, out, there, seed, randomize, force, progress)
     return targets
+
+
+def _check_ours(target: Path) -> None:
+    """Raises UserError where it is anything but a folder that is ours as a whole."""
+    if not target.is_dir():
+        raise UserError(f"{target}: is a file; {_WAY_OUT}")
+    if not is_only_arrays(target):
+        raise UserError(f"{target}: is a folder that holds other things; {_WAY_OUT}")
 
 
 def _targets(criteo: CriteoSet, form: str, out: Path) -> list[Path]:
@@ -129,7 +142,7 @@ def _in_order(opened: Opened, seed: int, randomize: str, progress: bool) -> BinS
     key = OrderKey(seed, randomize, tuple(opened.rows_of_days.tolist()))
     sampled = meta.raw_rows if meta is not None and meta.sub_sample_rate > 0 else 0
     order, _ = stored_order(order_file(opened.path), key, None, made_now=False, sampled_rows=sampled, progress=progress)
-    return BinSource(opened.data, opened.rows_of_days, order)
+    return BinSource(opened.path, opened.data, opened.rows_of_days, order)
 
 
 def _npz_arrays(pieces: "dict[str, Iterator[np.ndarray]]", num_rows: int) -> dict:
@@ -141,7 +154,7 @@ def _columns(rows: Iterator[np.ndarray], name: str, bar: tqdm) -> Iterator[np.nd
     """X_cat, X_int or y of packed rows, piece by piece."""
     columns = {"X_cat": slice(1 + NUM_DENSE, None), "X_int": slice(1, 1 + NUM_DENSE), "y": 0}[name]
     for piece in rows:
-        yield piece[:, columns].astype("<i4")
+        yield piece[:, columns].astype("<i4", copy=False)
         bar.update(len(piece))
 
 
@@ -162,35 +175,49 @@ def _write_npz(opened: Opened, out: Path, progress: bool) -> None:
         if vocabularies is not None:
             shared, keys = vocabularies
             arrays[NPZ_SHARED] = ((), iter([np.array(shared)]))
-            arrays |= {npz_member(column): (values.shape, iter([values])) for column, values in enumerate(keys)}
+            arrays |= {npz_member(column): ((int(count),), map(keys, [column])) for column, count in enumerate(data.counts)}
         write_npz(file, arrays)
 
 
-def _vocabularies(opened: Opened) -> tuple[bool, list[np.ndarray]] | None:
-    """Whether id 0 is shared, and the keys of each column in id order, [ids] uint32; None where the set has none (upstream's)."""
+def _vocabularies(opened: Opened) -> tuple[bool, Callable[[int], np.ndarray]] | None:
+    """Whether id 0 is shared, and what reads the keys of a column in id order, [ids] uint32; None where the set has none (upstream's)."""
     path = opened.path
-    try:
+
+    def keys(column: int) -> np.ndarray:
+        with _reading_vocabularies(path):
+            if path.is_dir():
+                return np.memmap(path / vocabulary_files(read_manifest(path).tables[column].name)[0], "<u4", "r")
+            with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+                found = read_small(archive, npz_member(column))
+            if found.shape != (opened.data.counts[column],) or found.dtype != np.uint32:
+                raise ValueError(f"column {column}: keys are {found.dtype} {list(found.shape)}, not uint32 [{opened.data.counts[column]}]")
+            return found
+
+    with _reading_vocabularies(path):
         if path.is_dir():
-            tables = read_manifest(path).tables
-            return tables[0].shared, [np.memmap(path / vocabulary_files(table.name)[0], "<u4", "r") for table in tables]
+            return read_manifest(path).tables[0].shared, keys
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            if f"{NPZ_SHARED}.npy" not in archive.namelist():
-                return None
-            keys = [read_small(archive, npz_member(column)) for column in range(NUM_SPARSE)]
-            return bool(read_small(archive, NPZ_SHARED)), keys
+            return (bool(read_small(archive, NPZ_SHARED)), keys) if f"{NPZ_SHARED}.npy" in archive.namelist() else None
+
+
+@contextlib.contextmanager
+def _reading_vocabularies(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, *DAMAGE) as error:
         raise UserError(f"{path}: its vocabularies cannot be read ({cause(error)})") from None
 
 
 def _write_arrays(opened: Opened, out: Path, progress: bool) -> None:
-    """In a folder beside, which then gets the name. Memory: 8 bytes an id, to count how often each comes."""
-    data, vocabularies, unfinished = opened.data, _vocabularies(opened), out.with_name(f".{out.name}.unfinished")
+    """In a folder beside, which then gets the name; what had it is removed after that. Memory: 8 bytes an id of all columns, to count how often
+    each comes, and, from an .npz, 4 bytes an id of one column."""
+    data, vocabularies = opened.data, _vocabularies(opened)
     if vocabularies is None or data.meta is None:
         raise UserError(f"{opened.path}: is upstream's and says of no id what it stands for; --to npz makes a file that --memory-map reads")
     shared, keys = vocabularies
     seen = [np.zeros(rows, dtype=np.int64) for rows in data.counts]
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with _folder_of_its_own(out) as folder:
+        unfinished = folder / "new"
         unfinished.mkdir()
         bar = tqdm(total=len(data.packed), unit="row", unit_scale=True, desc=out.name, disable=not progress)
         with open(unfinished / ROWS, "wb") as file, bar:
@@ -199,22 +226,50 @@ def _write_arrays(opened: Opened, out: Path, progress: bool) -> None:
                 for column, counts in enumerate(seen):
                     np.add.at(counts, piece[:, 1 + NUM_DENSE + column], 1)
                 bar.update(len(piece))
-        for table, values, counts in zip(_tables(opened, shared), keys, seen, strict=True):
-            for name, array in zip(vocabulary_files(table.name), (values.astype("<u4"), counts.astype("<i8")), strict=True):
-                (unfinished / name).write_bytes(array.data)
+        for column, (table, counts) in enumerate(zip(_tables(opened, shared), seen, strict=True)):
+            keys_file, counts_file = vocabulary_files(table.name)
+            (unfinished / keys_file).write_bytes(keys(column).astype("<u4", copy=False).data)
+            (unfinished / counts_file).write_bytes(counts.astype("<i8", copy=False).data)
         files = {path.name: checksums(path) for path in sorted(unfinished.iterdir())}
         (unfinished / NAME).write_text(_manifest(opened, shared, files).to_json())
         for path in unfinished.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        if out.exists():
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
-        os.replace(unfinished, out)
+        sync_folder(unfinished)
+        if out.exists():  # by rename: a folder must not lie under this name half removed
+            os.rename(out, folder / "old")
+        os.rename(unfinished, out)
         sync_folder(out.parent)
+
+
+@contextlib.contextmanager
+def _folder_of_its_own(out: Path) -> Iterator[Path]:
+    """.<name>.<process>.<random>.unfinished beside `out`, locked, and removed at the end. Those of runs that were killed are removed too: nobody
+    holds their lock. An OSError becomes a UserError."""
+    folder = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}.unfinished")
+    try:
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.*.unfinished"):
+            with contextlib.suppress(OSError), _opened(stale) as number:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stale)
+        folder.mkdir()
+        with _opened(folder) as number:
+            with contextlib.suppress(OSError):  # a file system without locks: only the cleaning up is lost
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield folder
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; {_WAY_OUT}") from None
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        yield number
+    finally:
+        os.close(number)
 
 
 def _tables(opened: Opened, shared: bool) -> tuple[Table, ...]:
@@ -228,7 +283,7 @@ def _manifest(opened: Opened, shared: bool, files: dict[str, File]) -> Manifest:
     raws = meta.raws or (meta.raw,) * len(days)
     parts = tuple(Part(f"day_{day}", int(rows), asdict(raw)) for day, (rows, raw) in enumerate(zip(days, raws, strict=True)))
     flags = {"max_ind_range": meta.max_ind_range, "sub_sample_rate": meta.sub_sample_rate}
-    source = {"source": opened.criteo.name, "flags": flags}
+    source = {"source": opened.criteo.name, **({"draws": meta.draws} if meta.draws else {}), "flags": flags}
     made = flags | {"min_frequency": meta.min_frequency, "vocabulary": asdict(meta.vocabulary) if meta.vocabulary else None}
     halves = (int(days[:-1].sum()), (int(days[-1]) + 1) // 2)
     dense = tuple(DenseColumn(name) for name in COLUMNS[1 : 1 + NUM_DENSE])

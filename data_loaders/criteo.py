@@ -18,8 +18,9 @@ import torch
 from data_loaders import mlperf_bin
 from data_loaders.arrays import is_arrays
 from data_loaders.criteo_map import read_processed
-from data_loaders.criteo_npz import Processed, cause
-from data_loaders.criteo_set import SETS, CriteoSet, check_meta, rows_of_days
+from data_loaders.criteo_npz import Meta, Processed, cause
+from data_loaders.criteo_set import SETS, Asked, CriteoSet, check_meta, rows_of_days
+from data_loaders.criteo_source import draws_of
 from data_loaders.criteo_split import CriteoDataset, CriteoSplit, upstreams_last_batch
 from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
 from data_loaders.preprocess import preprocess, preprocess_terabyte
@@ -49,10 +50,7 @@ class _Request:
     raw: Path | None
     path: Path
     data_randomize: str
-    max_ind_range: int
-    sub_sample_rate: float
-    min_frequency: int
-    vocabulary: str
+    asked: Asked
     memory_bytes: int
     memory_map: bool
     upstream_compat: bool
@@ -115,10 +113,11 @@ def open_criteo(
     if not raw_data_file and not processed_data_file:
         raise UserError("no data: name Criteo's text with --raw-data-file=PATH, or a processed file with --processed-data-file=PATH")
     raw = Path(raw_data_file) if raw_data_file else None
+    draws = draws_of(preprocess_rng.get_state(legacy=True)) if sub_sample_rate > 0 else ""
+    asked = Asked(max_ind_range, float(sub_sample_rate), min_frequency, vocabulary, draws)
     request = _Request(
-        criteo, raw, Path(processed_data_file) if processed_data_file else criteo.processed(raw), data_randomize, max_ind_range,
-        sub_sample_rate, min_frequency, vocabulary, memory_bytes, memory_map or bin_loader, upstream_compat, seed, rng, preprocess_rng,
-        progress,
+        criteo, raw, Path(processed_data_file) if processed_data_file else criteo.processed(raw), data_randomize, asked, memory_bytes,
+        memory_map or bin_loader, upstream_compat, seed, rng, preprocess_rng, progress,
     )  # fmt: skip
     reading_raw, reading_processed = f"Reading raw data={raw_data_file}", f"Reading pre-processed data={processed_data_file}"
 
@@ -138,11 +137,17 @@ def open_criteo(
 
         def source() -> mlperf_bin.BinSource:
             ready = mapped()
-            return mlperf_bin.BinSource(ready.data, ready.rows_of_days, ready.order)
+            return mlperf_bin.BinSource(request.path, ready.data, ready.rows_of_days, ready.order)
+
+        def check(meta: Meta | None, path: Path, way_out: str) -> None:
+            if meta is not None:
+                check_meta(criteo, meta, path, raw, asked, way_out)
+            else:
+                _check_upstreams(asked, path)
 
         made_with = mlperf_bin.MadeWith(max(max_ind_range, 0), float(sub_sample_rate), min_frequency, data_randomize)
         return mlperf_bin.open_bins(
-            mlperf_bin.bin_stem(request.path), criteo.id_count_file(raw) if raw is not None else None, made_with, source,
+            mlperf_bin.bin_stem(request.path), criteo.id_count_file(raw) if raw is not None else None, made_with, source, check,
             batch_size=batch_size, test_batch_size=test_batch_size, drop_last=drop_last, num_batches=num_batches, seed=seed,
             shuffle=bin_shuffle, draw_as_upstream=upstream_compat, progress=progress, print_line=print_line, note=note,
         )  # fmt: skip
@@ -178,24 +183,22 @@ def open_criteo(
 
 def _open(request: _Request, announce: Callable[[], None]) -> _Ready:
     """The processed rows, made first (after announce()) where they are not there, checked against the flags; with --memory-map, their order."""
-    criteo, raw, path = request.criteo, request.raw, request.path
+    criteo, raw, path, asked = request.criteo, request.raw, request.path, request.asked
     ready = is_arrays(path) if path.is_dir() else path.exists()
     if path.is_dir() and not ready and any(path.iterdir()):
         raise UserError(f"--processed-data-file={path}: a folder without manifest.json, so not a processed set; name another place, or empty it")
     if not ready:
         _make(request, announce)
     data = read_processed(path, mapped=request.memory_map, progress=request.progress)
-    asked = {"max_ind_range": request.max_ind_range, "sub_sample_rate": request.sub_sample_rate, "min_frequency": request.min_frequency}
     if data.meta is not None:
-        check_meta(criteo, data.meta, path, raw, asked, request.vocabulary)
-    elif 0 < request.max_ind_range < data.counts.max() and not request.upstream_compat:
+        check_meta(criteo, data.meta, path, raw, asked)
+    elif 0 < asked.max_ind_range < data.counts.max() and not request.upstream_compat:
         raise UserError(
-            f"{path}: has columns of up to {data.counts.max()} ids, so it was not made with --max-ind-range={request.max_ind_range}; "
+            f"{path}: has columns of up to {data.counts.max()} ids, so it was not made with --max-ind-range={asked.max_ind_range}; "
             "delete it, choose another --processed-data-file, or fold its ids with --upstream-compat"
         )
-    elif request.min_frequency or request.vocabulary:
-        flag = f"--min-frequency={request.min_frequency}" if request.min_frequency else f"--vocabulary={request.vocabulary}"
-        raise UserError(f"{path}: is a file of upstream's, which knows no {flag.split('=')[0]}; leave {flag} out or choose another file")
+    else:
+        _check_upstreams(asked, path)
     days = rows_of_days(criteo, data, path, raw)
     if days[:-1].sum() == 0 or days[-1] == 0:
         raise UserError(f"{path}: {len(data.packed)} rows are too few: the last of {len(days)} days is for test, the others for training")
@@ -206,10 +209,17 @@ def _open(request: _Request, announce: Callable[[], None]) -> _Ready:
         OrderKey(request.seed, request.data_randomize, tuple(days.tolist())),
         request.rng if request.upstream_compat else None,
         made_now=not ready,
-        sampled_rows=data.meta.raw_rows if data.meta is not None and request.sub_sample_rate > 0 else 0,
+        sampled_rows=data.meta.raw_rows if data.meta is not None and asked.sub_sample_rate > 0 else 0,
         progress=request.progress,
     )
     return _Ready(data, days, path, not ready, order, drawn)
+
+
+def _check_upstreams(asked: Asked, path: Path) -> None:
+    """Rows of upstream's file cannot have been made with flags that upstream does not have."""
+    if asked.min_frequency or asked.vocabulary:
+        flag = f"--min-frequency={asked.min_frequency}" if asked.min_frequency else f"--vocabulary={asked.vocabulary}"
+        raise UserError(f"{path}: is of a file of upstream's, which knows no {flag.split('=')[0]}; leave {flag} out or choose another file")
 
 
 def _make(request: _Request, announce: Callable[[], None]) -> None:
@@ -217,11 +227,11 @@ def _make(request: _Request, announce: Callable[[], None]) -> None:
     if request.raw is None:
         raise UserError(f"--processed-data-file={request.path}: no such file; to make it, name Criteo's text with --raw-data-file=PATH")
     announce()
-    make = preprocess if request.criteo.name == "kaggle" else preprocess_terabyte
+    make, asked = preprocess if request.criteo.name == "kaggle" else preprocess_terabyte, request.asked
     make(
-        request.raw, request.path, max_ind_range=request.max_ind_range, sub_sample_rate=request.sub_sample_rate, rng=request.preprocess_rng,
-        progress=request.progress, memory_bytes=request.memory_bytes, min_frequency=request.min_frequency,
-        vocabulary=Path(request.vocabulary) if request.vocabulary else None,
+        request.raw, request.path, max_ind_range=asked.max_ind_range, sub_sample_rate=asked.sub_sample_rate, rng=request.preprocess_rng,
+        progress=request.progress, memory_bytes=request.memory_bytes, min_frequency=asked.min_frequency,
+        vocabulary=Path(asked.vocabulary) if asked.vocabulary else None,
     )  # fmt: skip
 
 

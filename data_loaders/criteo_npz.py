@@ -167,7 +167,7 @@ def _open_locked(path: Path) -> tuple[IO[bytes], Path]:
     """A new file beside `path`, which is nobody else's, locked; and its name. Raises OSError."""
     while True:
         temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-        file = open(temporary, "xb")  # noqa: SIM115: the caller closes it
+        file = open(temporary, "xb")
         with contextlib.suppress(OSError):  # a file system without locks: only the cleaning up is lost
             fcntl.flock(file, fcntl.LOCK_EX)  # waits, at most for another run that cleans up and takes it for stale
         if temporary.exists():
@@ -288,28 +288,31 @@ def _read_into(archive: zipfile.ZipFile, name: str, out: np.ndarray, limits: np.
         shape, by_column, dtype = read_header(member)
         if shape != (out.shape if name != "y" else out.shape[:1]) or dtype.kind not in "iuf":
             raise UserError(f"{path}: {name} is {dtype} {list(shape)}, not whole numbers {list(out.shape)}; {way_out(path)}")
-        # upstream's X_cat is stored column after column: the same loop with rows and columns swapped
-        target = out.T if by_column else out
-        step = 1 if by_column else _CHUNK_ROWS
-        for start in range(0, len(target), step):
-            piece = target[start : start + step]
-            data = member.read(piece.size * dtype.itemsize)
-            values = np.frombuffer(data, dtype=dtype, count=piece.size).reshape(piece.shape)
-            limit = limits[start] if by_column else limits
-            good = (values >= 0) & (values < limit)
-            if dtype.kind == "f":
-                good &= values == np.floor(values)
-            if not good.all():
-                bad = tuple(int(place) for place in np.argwhere(~good)[0])
-                row, column = (bad[1], start) if by_column else (start + bad[0], bad[1])
-                rule = {"y": "0 or 1", "X_int": "from 0", "X_cat": "from 0 to its column's count - 1"}[name]
-                raise UserError(
-                    f"{path}: {name} holds a value that is not a whole number {rule} "
-                    f"(row {row}, column {column}: {values[bad]:g}, count {limits[column]}); {way_out(path)}"
-                )
-            piece[:] = values
+        # upstream's X_cat is stored column after column
+        for first in range(out.shape[1] if by_column else 1):
+            columns = slice(first, first + 1) if by_column else slice(None)
+            for start in range(0, len(out), _CHUNK_ROWS):
+                piece = out[start : start + _CHUNK_ROWS, columns]
+                _read_piece(member, dtype, piece, limits[columns], (name, path, start, first))
         if member.read(1):  # reading to the end also checks the checksum
             raise ValueError(f"{name} is longer than its header says")
+
+
+def _read_piece(member: IO[bytes], dtype: np.dtype, piece: np.ndarray, limits: np.ndarray, where: tuple[str, Path, int, int]) -> None:
+    """The next numbers to piece [rows, columns]. where: name of the array, of the file, number of the first row, of the first column."""
+    name, path, first_row, first_column = where
+    values = np.frombuffer(member.read(piece.size * dtype.itemsize), dtype=dtype, count=piece.size).reshape(piece.shape)
+    good = (values >= 0) & (values < limits)
+    if dtype.kind == "f":
+        good &= values == np.floor(values)
+    if not good.all():
+        bad = tuple(int(place) for place in np.argwhere(~good)[0])
+        rule = {"y": "0 or 1", "X_int": "from 0", "X_cat": "from 0 to its column's count - 1"}[name]
+        raise UserError(
+            f"{path}: {name} holds a value that is not a whole number {rule} (row {first_row + bad[0]}, column {first_column + bad[1]}: "
+            f"{values[bad]:g}, count {limits[bad[1]]}); {way_out(path)}"
+        )
+    piece[:] = values
 
 
 def cause(error: BaseException) -> str:

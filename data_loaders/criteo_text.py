@@ -12,9 +12,7 @@ import gzip
 import io
 import re
 import zlib
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,41 +44,10 @@ class Rows:
     counts: np.ndarray
     hashes: np.ndarray
 
-    def keep(self, mask: np.ndarray) -> "Rows":
-        """The rows where mask [n] holds."""
-        return Rows(self.labels[mask], self.counts[mask], np.ascontiguousarray(self.hashes[:, mask]))
-
-
-def read_rows(path: Path, *, progress: bool) -> Iterator[Rows]:
-    """All rows of a raw file, plain or gzip (told by content), in order. A UserError names file, line, column and value of the first bad one."""
-    with ThreadPoolExecutor(2) as pool:
-        ahead, blocks, damage = deque(), _blocks(path, progress), None
-        while True:
-            try:
-                block, first_line = next(blocks)
-            except StopIteration:
-                break
-            except UserError as error:  # raised when the blocks before it have been seen to be good
-                damage = error
-                break
-            ahead.append(pool.submit(parse_block, block, first_line, path))
-            if len(ahead) > 3:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-        if damage:
-            raise damage
-
-
-def _blocks(path: Path, progress: bool) -> Iterator[tuple[bytes, int]]:
-    """(whole lines, number of the first one), about BLOCK_BYTES each; the file's last line may lack its end."""
-    size = path.stat().st_size if path.is_file() else 0
-    with tqdm(total=size, unit="B", unit_scale=True, desc=f"Reading {path.name}", disable=not progress) as bar:
-        yield from blocks_from(path, 0, 1, bar)
-
 
 def blocks_from(path: Path, byte: int, line: int, bar: tqdm) -> Iterator[tuple[bytes, int]]:
-    """The same from byte `byte` of the text (decompressed) on, where line number `line` begins. bar: goes on by the file's stored bytes."""
+    """(whole lines, number of the first one) of a raw file, plain or gzip (told by content), about BLOCK_BYTES each, in order; its last line may
+    lack its end. From byte `byte` of the text (decompressed) on, where line number `line` begins. bar: goes on by the file's stored bytes."""
     with contextlib.ExitStack() as stack:
         try:
             stored = stack.enter_context(open(path, "rb"))

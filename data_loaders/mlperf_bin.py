@@ -2,8 +2,9 @@
 
 Train rows lie in the order of --memory-map, as upstream's numpy_to_binary writes them; test is the first half, rounded up, of the last day,
 val the rest. A batch is consecutive rows, so reading needs no order and no random access. Beside the files lies <stem>_bins.json: what they
-were made with and how many rows each has. It is written first, and each .bin appears under its name when it is whole: an interrupted run
-leaves nothing that a later one would take for finished. Files without it are upstream's: they are read as they are, as upstream does.
+were made from and with, and how many rows each has. It is written first, and each .bin appears under its name when it is whole: an
+interrupted run leaves nothing that a later one would take for finished. Files without it are upstream's: they are read as they are, as
+upstream does.
 
 Upstream crashes after writing these files (CriteoBinDataset has no num_samples); with that mended it trains from ours and from its own alike.
 """
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_loaders.criteo_npz import Processed, atomic_write, cause
+from data_loaders.criteo_npz import Meta, Processed, RawFingerprint, atomic_write, cause
 from data_loaders.criteo_set import read_id_counts, write_count_file
 from data_loaders.criteo_split import CriteoDataset, CriteoSplit
 from data_loaders.criteo_text import COLUMNS, NUM_DENSE, NUM_SPARSE
@@ -30,8 +31,12 @@ from dlrm_xla.specs import UserError
 WIDTH = 1 + NUM_DENSE + NUM_SPARSE
 ROW_BYTES = 4 * WIDTH
 SPLITS = ("train", "test", "val")
-FORMAT = 1
+FORMAT = 2
 _CHUNK = 1 << 16  # rows
+
+
+class OtherFormat(Exception):
+    """Of a sidecar."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +51,45 @@ class MadeWith:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """<stem>_bins.json. counts [26] ids of each column; rows of each split."""
+    """<stem>_bins.json. counts [26] ids of each column; rows of each split; and what the processed set says of itself, or, where that is
+    upstream's, which says nothing, the fingerprint of it."""
 
     made_with: MadeWith
     counts: tuple[int, ...]
     rows: dict[str, int]
+    meta: Meta | None
+    upstreams: RawFingerprint | None
     format: int = FORMAT
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self)) + "\n"
+        meta = json.loads(self.meta.to_json()) if self.meta is not None else None
+        return json.dumps(asdict(self) | {"meta": meta}) + "\n"
+
+    def same_rows(self, other: "Sidecar") -> bool:
+        """Whether files made by one can lie beside files made by the other."""
+        if self.meta is not None and other.meta is not None:
+            same = self.meta.same_rows(other.meta)
+        else:
+            same = None not in (self.upstreams, other.upstreams) and self.upstreams.same_file(other.upstreams)
+        return same and (self.made_with, self.counts, self.rows) == (other.made_with, other.counts, other.rows)
 
     @classmethod
     def from_json(cls, text: str) -> "Sidecar":
-        """Raises ValueError, KeyError or TypeError where it is not ours."""
+        """Raises ValueError, KeyError, TypeError or AttributeError where it is not ours, OtherFormat where an earlier version wrote it."""
         fields = json.loads(text)
         if fields["format"] != FORMAT:
-            raise ValueError(f"format {fields['format']}, while this version reads format {FORMAT}")
+            raise OtherFormat(fields["format"])
         rows = {split: int(fields["rows"][split]) for split in SPLITS}
-        return cls(MadeWith(**fields["made_with"]), tuple(int(count) for count in fields["counts"]), rows)
+        meta = Meta.from_json(json.dumps(fields["meta"])) if fields["meta"] is not None else None
+        upstreams = RawFingerprint(**fields["upstreams"]) if fields["upstreams"] is not None else None
+        return cls(MadeWith(**fields["made_with"]), tuple(int(count) for count in fields["counts"]), rows, meta, upstreams)
 
 
 @dataclass(frozen=True)
 class BinSource:
-    """What the files are made from: processed rows, rows of each day, the train rows' order (None: as they lie)."""
+    """What the files are made from: the processed set and its place, rows of each day, the train rows' order (None: as they lie)."""
 
+    path: Path
     data: Processed
     rows_of_days: np.ndarray
     order: MappedOrder | None
@@ -157,6 +177,7 @@ def open_bins(
     counts_file: Path | None,
     made_with: MadeWith,
     source: Callable[[], BinSource],
+    check: Callable[[Meta | None, Path, str], None],
     *,
     batch_size: int,
     test_batch_size: int,
@@ -174,6 +195,7 @@ def open_bins(
     counts_file       <raw>_fea_count.npz, as upstream reads and we write it; counts come from it, from our sidecar (where both are there
                       they must agree), or from reading all rows once, which `note` is told
     source            opens what the files are made from
+    check             (what our files were made from, their sidecar, the way out) raises UserError where a run asks for others
     shuffle           train batches, whole ones, in another order in each epoch; the order of an epoch follows from `seed`
     draw_as_upstream  the order comes from torch's stream instead, as upstream's
     Ids are taken modulo max_ind_range where columns have more, as upstream does. Raises UserError.
@@ -181,7 +203,7 @@ def open_bins(
     sidecar = _read_sidecar(stem)
     there = [split for split in SPLITS if bin_file(stem, split).exists()]
     if sidecar is not None:
-        _check_sidecar(sidecar, stem, made_with, there)
+        _check_sidecar(sidecar, stem, made_with, there, check)
     elif there and not {"train", "test"} <= set(there):
         raise UserError(
             f"{bin_file(stem, there[0])}: is there, but not all of {', '.join(bin_file(stem, split).name for split in ('train', 'test'))}, and "
@@ -215,11 +237,18 @@ def _read_sidecar(stem: Path) -> Sidecar | None:
         return Sidecar.from_json(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OtherFormat as error:
+        raise UserError(
+            f"{path}: is of format {error}, this version's is {FORMAT}: format 1 does not say which raw files the .bin files are of; delete it "
+            "and them to have them made again, or it alone to have whole ones read as upstream's are, unchecked"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({cause(error)}); delete it and the .bin files beside it to have them made again") from None
 
 
-def _check_sidecar(sidecar: Sidecar, stem: Path, made_with: MadeWith, there: list[str]) -> None:
+def _check_sidecar(
+    sidecar: Sidecar, stem: Path, made_with: MadeWith, there: list[str], check: Callable[[Meta | None, Path, str], None]
+) -> None:
     way_out = "delete the .bin files and this one, or choose another --processed-data-file"
     flags = {"sub_sample_rate": "--data-sub-sample-rate"}
     for name, wanted in asdict(made_with).items():
@@ -227,6 +256,7 @@ def _check_sidecar(sidecar: Sidecar, stem: Path, made_with: MadeWith, there: lis
         if of_files != wanted:
             flag = f"{flags.get(name, '--' + name.replace('_', '-'))}={of_files}"
             raise UserError(f"{sidecar_file(stem)}: the files were made with {flag}, but {wanted} is asked for; {way_out}")
+    check(sidecar.meta, sidecar_file(stem), way_out)
     for split in there:
         path, rows = bin_file(stem, split), sidecar.rows[split]
         if (size := path.stat().st_size) != rows * ROW_BYTES:
@@ -289,9 +319,10 @@ def write_bins(stem: Path, source: BinSource, made_with: MadeWith, *, counts_fil
     """
     rows = {split: end - first for split, (first, end) in bounds(source.rows_of_days).items()}
     counts = tuple(int(count) for count in source.data.counts)
-    sidecar = Sidecar(made_with, counts, rows)
+    meta = source.data.meta
+    sidecar = Sidecar(made_with, counts, rows, meta, RawFingerprint.of(source.path) if meta is None else None)
     earlier = _read_sidecar(stem)
-    if earlier is not None and earlier != sidecar:
+    if earlier is not None and not earlier.same_rows(sidecar):
         raise UserError(f"{sidecar_file(stem)}: is of other rows than those that its files are to be made from; delete it and the .bin files")
     way_out = "name another place with --processed-data-file=PATH"
     if counts_file is not None:

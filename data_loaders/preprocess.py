@@ -49,7 +49,8 @@ def preprocess(
     Raises UserError for a bad line (with its number), an unreadable raw file, too few rows, or an `out` that cannot be written.
     """
     source = CriteoSource.kaggle(raw, max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, days=days, rng=rng)
-    return _build(SETS["kaggle"], source, raw, out, Options(memory_bytes, min_frequency, vocabulary), rng if sub_sample_rate > 0 else None, progress)
+    options = Options(memory_bytes, min_frequency, vocabulary)
+    return _build(SETS["kaggle"], source, raw, out, options, rng if sub_sample_rate > 0 else None, progress)
 
 
 def preprocess_terabyte(
@@ -66,7 +67,8 @@ def preprocess_terabyte(
 ) -> Built:
     """The same of Terabyte's 24 files: prefix DIR/day stands for DIR/day_0 .. DIR/day_23, plain or with .gz at the end."""
     source = CriteoSource.terabyte(prefix, max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, rng=rng)
-    return _build(SETS["terabyte"], source, prefix, out, Options(memory_bytes, min_frequency, vocabulary), rng if sub_sample_rate > 0 else None, progress)
+    options = Options(memory_bytes, min_frequency, vocabulary)
+    return _build(SETS["terabyte"], source, prefix, out, options, rng if sub_sample_rate > 0 else None, progress)
 
 
 def _build(

@@ -9,8 +9,10 @@ import pytest
 from conftest import ROOT
 
 from data_loaders import convert
-from data_loaders.arrays import read_manifest
+from data_loaders.arrays import open_arrays, read_manifest
 from data_loaders.criteo import open_criteo
+from data_loaders.vocabulary import npz_member
+from dlrm_xla.specs import UserError
 from tests.oracles import criteo as kaggle_oracle
 from tests.oracles import terabyte as oracle
 from tests.oracles.reorder import reordered
@@ -96,6 +98,93 @@ def test_arrays_need_vocabularies(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
     assert "holds other things" in run(source, "--to=arrays", "--out", tmp_path / "full", "--force", "--data-set=terabyte", code=2)
+
+
+def test_sampled_rows_say_so_in_every_form(run, kaggle, tmp_path):
+    """Where their random numbers came from goes with them."""
+    raw = kaggle.with_name("train.txt")
+    open_it(raw, tmp_path / "s.npz", data_set="kaggle", sub_sample_rate=0.4)
+    run(tmp_path / "s.npz", "--to=arrays", "--out", tmp_path / "s")
+    run(tmp_path / "s", "--to=npz", "--out", tmp_path / "s2.npz")
+    assert (tmp_path / "s2.npz").read_bytes() == (tmp_path / "s.npz").read_bytes()
+    for name in ("s.npz", "s", "s2.npz"):
+        open_it(raw, tmp_path / name, data_set="kaggle", sub_sample_rate=0.4)
+        with pytest.raises(UserError, match="sampled with another --numpy-rand-seed"):
+            open_it(raw, tmp_path / name, data_set="kaggle", sub_sample_rate=0.4, preprocess_rng=np.random.RandomState(5))
+
+
+def test_force_removes_only_what_is_ours(run, kaggle, tmp_path):
+    out = tmp_path / "a"
+    asked = (kaggle, "--to=arrays", "--out", out, "--force")
+    run(*asked)
+    (out / "thesis.tex").write_text("mine")
+    assert "is a folder that holds other things" in run(*asked, code=2) and (out / "thesis.tex").read_text() == "mine"
+    (out / "thesis.tex").unlink()
+    manifest = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text('{"manifest_version": 3}')
+    assert "is a folder that holds other things" in run(*asked, code=2) and len(list(out.iterdir())) == 54
+    (out / "manifest.json").write_text(manifest)
+    run(*asked)
+    (tmp_path / "f").write_text("mine")
+    asked = (kaggle, "--to=arrays", "--out", tmp_path / "f", "--force")
+    assert "is a file" in run(*asked, code=2) and (tmp_path / "f").read_text() == "mine"
+    (tmp_path / "link.npz").symlink_to(kaggle)
+    assert "is what is to be read" in run(kaggle, "--to=npz", "--out", tmp_path / "link.npz", "--force", code=2)
+
+
+KILLED = """
+import os, sys
+from data_loaders import convert
+number, real = [0], {{name: getattr(os, name) for name in ("rename", "unlink", "rmdir", "fsync")}}
+
+def dying(name):
+    def call(*arguments, **options):
+        number[0] += 1
+        if number[0] > {calls}:
+            os.kill(os.getpid(), 9)
+        return real[name](*arguments, **options)
+    return call
+
+for name in real:
+    setattr(os, name, dying(name))
+sys.exit(convert.main([{source!r}, "--to=arrays", "--out", {out!r}, "--force"]))
+"""
+
+
+def test_killed_while_replacing(run, kaggle, tmp_path):
+    """At every step that changes a folder: what lies under the name is the old folder or the new one, whole, or (a moment) none."""
+    out = tmp_path / "a"
+    run(kaggle, "--to=arrays", "--out", out)
+    whole = read_manifest(out)
+    # 54 files are made safe, then folder, old and new name, folder; then the old one goes
+    for calls in (0, 54, 55, 56, 57, 80):
+        code = KILLED.format(calls=calls, source=str(kaggle), out=str(out))
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == -9, (calls, done.stderr)
+        if out.exists():
+            assert open_arrays(out, False).manifest == whole, calls
+        else:
+            assert calls == 56
+        assert len(list(tmp_path.glob(".a.*"))) == 1
+        run(kaggle, "--to=arrays", "--out", out, "--force")
+        assert open_arrays(out, False).manifest == whole and not list(tmp_path.glob(".a.*"))
+
+
+def test_the_folder_of_a_run_at_work_is_left_alone(run, kaggle, tmp_path):
+    with convert._folder_of_its_own(tmp_path / "a") as theirs:
+        (theirs / "half").write_text("")
+        run(kaggle, "--to=arrays", "--out", tmp_path / "a")
+        assert (theirs / "half").exists()
+    assert not theirs.exists() and open_arrays(tmp_path / "a", False)
+
+
+def test_vocabularies_that_do_not_fit(run, kaggle, tmp_path):
+    with np.load(kaggle) as data:
+        arrays = {name: data[name] for name in data.files}
+    np.savez(kaggle, **arrays | {npz_member(3): arrays[npz_member(3)][1:]})
+    for form, name in (("npz", "b.npz"), ("arrays", "b")):
+        assert "its vocabularies cannot be read (column 3: keys are uint32 [" in run(kaggle, f"--to={form}", "--out", tmp_path / name, code=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["K"]
 
 
 @pytest.mark.parametrize("randomize", ["total", "day", "none"])

@@ -2,17 +2,24 @@
 
 import io
 import json
+import os
 import random
+import re
+import subprocess
+import sys
 import warnings
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
+from data_loaders import criteo_npz
 from data_loaders.criteo import open_criteo
-from data_loaders.criteo_npz import read_npz
+from data_loaders.criteo_npz import atomic_write, read_npz, write_npz
 from dlrm_xla.specs import UserError
 from tests.oracles import criteo as oracle
 
@@ -143,8 +150,90 @@ def test_preprocessing_draws_from_its_own_stream(raw, tmp_path):
     first = np.random.RandomState(1)
     open_it(raw, rng=first, preprocess_rng=np.random.RandomState(5), sub_sample_rate=0.5)
     second = np.random.RandomState(1)
-    open_it(raw, rng=second, sub_sample_rate=0.5)  # reads the file
+    open_it(raw, rng=second, preprocess_rng=np.random.RandomState(5), sub_sample_rate=0.5)  # reads the file
     assert first.randint(2**31) == second.randint(2**31)
+
+
+@pytest.mark.parametrize("place", ["p.npz", "folder"])
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_rows_sampled_with_another_seed_are_refused(raw, tmp_path, place, memory_map):
+    flags = {"processed": tmp_path / place, "sub_sample_rate": 0.5, "memory_map": memory_map}
+    rows = open_it(raw, seed=1, **flags).train.num_rows
+    assert open_it(raw, seed=1, **flags).train.num_rows == rows
+    said = refusal(raw, seed=2, **flags)
+    assert said.startswith(f"{tmp_path / place}: its rows were sampled with another --numpy-rand-seed; give the seed that they were made with, or ")
+    assert rows != open_it(raw, seed=2, **flags | {"processed": tmp_path / f"2{place}"}).train.num_rows
+    open_it(raw, tmp_path / f"all{place}", seed=1)
+    open_it(raw, tmp_path / f"all{place}", seed=2)  # all rows: no number was drawn for them
+
+
+def test_a_sampled_file_of_an_earlier_version_is_read(raw, tmp_path):
+    """Which did not note where its numbers came from."""
+    open_it(raw, tmp_path / "p.npz", seed=1, sub_sample_rate=0.5)
+    with np.load(tmp_path / "p.npz") as data:
+        arrays = {name: data[name] for name in data.files}
+    meta = json.loads(str(arrays["meta"]))
+    assert len(meta.pop("draws")) == 64
+    np.savez(tmp_path / "p.npz", **arrays | {"meta": np.array(json.dumps(meta))})
+    open_it(raw, tmp_path / "p.npz", seed=2, sub_sample_rate=0.5)
+
+
+def test_a_file_larger_than_memory_is_not_called_damaged(raw, tmp_path):
+    """Both in memory that the process is not allowed, and where the header of a damaged file asks for more rows than it has bytes."""
+    rows = 2_000_000
+    shapes = {"X_cat": (rows, 26), "X_int": (rows, 13), "y": (rows,)}
+    arrays = {name: (shape, (np.zeros((rows // 20, *shape[1:]), np.int32) for _ in range(20))) for name, shape in shapes.items()}
+    with open(tmp_path / "p.npz", "wb") as file:
+        write_npz(file, arrays | {"counts": ((26,), iter([np.ones(26, np.int32)]))})
+    code = (
+        "import resource, sys; from pathlib import Path; from data_loaders.criteo_npz import read_npz\n"
+        "held = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (held + 200_000_000,) * 2)\n"
+        "read_npz(Path(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p.npz")], cwd=ROOT, capture_output=True, text=True)
+    assert re.search(r"UserError: \S+/p.npz: does not fit into memory \(.* 305. MiB .*\); add --memory-map$", done.stderr.strip()), done.stderr
+    with open(tmp_path / "q.npz", "wb") as file:
+        write_npz(file, {"y": ((10**12,), iter([np.zeros(9, np.int32)]))} | {
+            name: ((9, width), iter([np.zeros((9, width), np.int32)])) for name, width in (("X_cat", 26), ("X_int", 13))
+        } | {"counts": ((26,), iter([np.ones(26, np.int32)]))})  # fmt: skip
+    assert "damaged, or not a processed Criteo file (y is shorter than its header says)" in refusal(raw, tmp_path / "q.npz")
+
+
+def test_two_writers_with_one_process_number(tmp_path, monkeypatch):
+    """As in two containers that share a disk: each file is one writer's, the last one's stays."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path = tmp_path / "x.bin"
+    with atomic_write(path, "") as first:
+        first.write(b"A" * 1000)
+        with atomic_write(path, "") as second:
+            second.write(b"B" * 500)
+        assert path.read_bytes() == b"B" * 500
+        first.write(b"A" * 1000)
+    assert path.read_bytes() == b"A" * 2000
+    with pytest.raises(KeyError), atomic_write(path, "") as file:
+        file.write(b"C")
+        raise KeyError
+    assert path.read_bytes() == b"A" * 2000 and list(tmp_path.iterdir()) == [path]
+    (tmp_path / ".x.bin.7.tmp").write_bytes(b"left by a killed run")
+    with atomic_write(path, "") as file:
+        assert sorted(tmp_path.iterdir()) == sorted([path, Path(file.name)])
+
+
+def test_a_file_taken_for_stale_is_begun_again(tmp_path, monkeypatch):
+    """Another run cleans up between the opening of a file and its lock."""
+    locks, lock = [], criteo_npz.fcntl.flock
+
+    def flock(file, how):
+        if not locks:
+            Path(file.name).unlink()
+        locks.append(how)
+        return lock(file, how)
+
+    monkeypatch.setattr(criteo_npz.fcntl, "flock", flock)
+    with atomic_write(tmp_path / "x", "") as file:
+        file.write(b"whole")
+    assert len(locks) == 2 and (tmp_path / "x").read_bytes() == b"whole" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_refused_flags(raw):

@@ -1,5 +1,6 @@
 """--memory-map: the order of the rows against upstream's shuffle restated naively, the batches against the arrays, the memory that is used."""
 
+import os
 import random
 import subprocess
 import sys
@@ -166,6 +167,41 @@ def test_a_stored_order_is_checked_to_its_end(tmp_path):
     damaged[30_000] ^= 1
     path.write_bytes(damaged)
     assert order() == (wanted, True)
+
+
+def test_a_stored_order_is_read_to_its_end_once(tmp_path, monkeypatch):
+    """Then its stamp says that it is the file that was checked."""
+    path, key, whole = tmp_path / "order.npz", OrderKey(1, "total", (2000,) * 7), []
+    monkeypatch.setattr(reorder, "_check_to_the_end", lambda archive, check=reorder._check_to_the_end: (whole.append(1), check(archive)))
+
+    def order():
+        found, drawn = stored_order(path, key, None, made_now=False, sampled_rows=0)
+        return found[0 : len(found)].tolist(), drawn, len(whole)
+
+    wanted = order()[0]
+    assert (order(), order()) == ((wanted, False, 1), (wanted, False, 1))
+    path.write_bytes(path.read_bytes())
+    assert (order(), order()) == ((wanted, False, 2), (wanted, False, 2))
+    (tmp_path / "order.npz.verified.json").write_text("damaged")
+    assert order() == (wanted, False, 3)
+
+
+def test_another_run_writes_its_order_at_the_same_moment(tmp_path, monkeypatch):
+    """Each has its own, whoever is the last."""
+    path, keys = tmp_path / "order.npz", [OrderKey(seed, "total", (50,) * 7) for seed in (1, 2)]
+    replace, others = os.replace, []
+
+    def replaced(temporary, name):
+        replace(temporary, name)
+        if not others:
+            others.append(None)
+            others.append(stored_order(path, keys[1], None, made_now=False, sampled_rows=0)[0])
+
+    monkeypatch.setattr(os, "replace", replaced)
+    found, drawn = stored_order(path, keys[0], None, made_now=False, sampled_rows=0)
+    assert drawn
+    for order, seed in ((found, 1), (others[1], 2)):
+        assert order[0 : len(order)].tolist() == reordered([50] * 7, "total", np.random.RandomState(seed))[:300]
 
 
 def test_a_new_processed_file_gets_a_new_order(raw):

@@ -1,8 +1,11 @@
 """MLPerf's binary files: bytes against upstream's layout restated, shuffled batches against torch's own loader, files that are refused."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from data_loaders import mlperf_bin
 from data_loaders.criteo import open_criteo
+from data_loaders.mlperf_bin import bin_file, bin_stem
+from data_loaders.preprocess import preprocess_terabyte
 from dlrm_xla.specs import UserError
 from tests.oracles import terabyte as oracle
 from tests.oracles.reorder import reordered
@@ -140,6 +145,94 @@ def test_other_flags_are_refused(processed):
     assert "--data-sub-sample-rate=0.0, but 0.5" in refusal(processed, sub_sample_rate=0.5)
     sidecar.write_text("{")
     assert f"{sidecar}: damaged" in refusal(processed)
+
+
+def files_of_days(folder, seed=0) -> Path:
+    """DIR/day of 24 raw files."""
+    folder.mkdir(exist_ok=True)
+    oracle.write_days(folder / "day", oracle.make_days(SIZES, seed))
+    return folder / "day"
+
+
+def test_bins_of_other_raw_files_are_refused(tmp_path):
+    prefix = files_of_days(tmp_path / "T")
+    place = prefix.with_name("day_processed")
+    ids = ids_of(open_it(place).train)
+    day, sidecar = prefix.with_name("day_3"), prefix.with_name("day_processed_bins.json")
+    whole = day.read_bytes()
+    day.write_bytes(whole[:-1] + b" ")
+    assert refusal(place).startswith(f"{sidecar}: made from another raw file (day_3) than {day}, of --raw-data-file={prefix} (same size")
+    day.unlink()
+    assert ids_of(open_it(place).train) == ids  # what is there is what they were made from
+
+
+def test_bins_of_another_vocabulary_are_refused(tmp_path):
+    prefix = files_of_days(tmp_path / "T")
+    place, sidecar = prefix.with_name("day_processed"), prefix.with_name("day_processed_bins.json")
+    for name, seed in (("a", 5), ("b", 6)):
+        flags = {"max_ind_range": -1, "sub_sample_rate": 0.0, "rng": None, "progress": False, "min_frequency": 1}
+        preprocess_terabyte(files_of_days(tmp_path / name, seed), tmp_path / name / "voc", **flags)
+    without = ids_of(open_it(place).train)
+    assert refusal(place, vocabulary=str(tmp_path / "a" / "voc")).startswith(f"{sidecar}: made without --vocabulary, which is asked for; delete")
+    other = prefix.with_name("with_a")
+    ids = ids_of(open_it(other, vocabulary=str(tmp_path / "a" / "voc")).train)
+    assert ids_of(open_it(other, vocabulary=str(tmp_path / "a" / "voc")).train) == ids != without
+    assert "with_a_bins.json: made with another --vocabulary" in refusal(other, vocabulary=str(tmp_path / "b" / "voc"))
+    assert "with_a_bins.json: made with --vocabulary, which is not asked for" in refusal(other)
+
+
+def test_bins_of_another_seeds_sample_are_refused(tmp_path):
+    place = files_of_days(tmp_path / "T").with_name("day_processed")
+    open_it(place, sub_sample_rate=0.5)
+    open_it(place, sub_sample_rate=0.5)
+    said = refusal(place, sub_sample_rate=0.5, seed=7, preprocess_rng=np.random.RandomState(7))
+    assert "day_processed_bins.json: its rows were sampled with another --numpy-rand-seed" in said
+
+
+def test_a_vocabulary_and_upstreams_file(processed):
+    open_it(processed)
+    assert "is of a file of upstream's, which knows no --vocabulary" in refusal(processed, vocabulary="x.npz")
+
+
+@pytest.mark.parametrize("kind", ["ours", "upstreams"])
+def test_bins_are_completed_from_one_source(tmp_path, kind):
+    """One of them is missing, as after a kill; the processed set was replaced by one with the same numbers of rows and ids."""
+    prefix = files_of_days(tmp_path / "T")
+    if kind == "upstreams":
+        place = oracle.save_upstreams(tmp_path / "T", WANTED, mappable=True)
+    else:
+        place = prefix.with_name("day_processed")
+    open_it(place)
+    val = bin_file(bin_stem(place), "val")
+    whole = val.read_bytes()
+    val.unlink()
+    open_it(place)
+    assert val.read_bytes() == whole
+    val.unlink()
+    if kind == "upstreams":
+        oracle.save_upstreams(tmp_path / "T", WANTED | {"y": [1 - label for label in WANTED["y"]]}, mappable=True)
+    else:
+        day = prefix.with_name("day_23")
+        day.write_bytes(bytes([day.read_bytes()[0] ^ 1]) + day.read_bytes()[1:])  # a label
+        shutil.rmtree(place)
+        flags = {"max_ind_range": -1, "sub_sample_rate": 0.0, "rng": None, "progress": False}
+        preprocess_terabyte(prefix, place, **flags)
+        for file in prefix.parent.glob("day_?"):
+            file.unlink()
+        day.unlink()
+    said = refusal(place)
+    assert f"{bin_stem(place)}_bins.json: is of other rows than those that its files are to be made from" in said and not val.exists()
+
+
+def test_files_of_an_earlier_version(processed):
+    """Whose sidecar does not say what they were made from."""
+    ids = ids_of(open_it(processed).train)
+    sidecar = processed.with_name("terabyte_processed_bins.json")
+    fields = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps({name: fields[name] for name in ("made_with", "counts", "rows")} | {"format": 1}))
+    assert "is of format 1, this version's is 2" in refusal(processed)
+    sidecar.unlink()
+    assert ids_of(open_it(processed).train) == ids
 
 
 @pytest.mark.parametrize("ours", [True, False])

@@ -15,7 +15,7 @@ import pytest
 
 from data_loaders import criteo_text
 from data_loaders.criteo_npz import read_npz
-from data_loaders.preprocess import PROCESSED_NAME, main, parse_size, preprocess, split_days
+from data_loaders.preprocess import PROCESSED_NAME, main, parse_size, preprocess, preprocess_terabyte, split_days
 from dlrm_xla.specs import UserError
 from tests.oracles import criteo as oracle
 
@@ -238,7 +238,7 @@ KILLED_AT = {
     "numbering": "import data_loaders.number_stage as m, os; m.number_ids = lambda *a: os.kill(os.getpid(), 9)",
     "writing": "import data_loaders.npz_writer as m, os; m._ids = lambda *a: os.kill(os.getpid(), 9)",
     "renaming": "import os; old = os.replace; os.replace = lambda a, b: os.kill(os.getpid(), 9) if b.name == 'out.npz' else old(a, b)",
-    "day count": "import data_loaders.preprocess as m, os; m._write_day_count = lambda *a: os.kill(os.getpid(), 9)",
+    "day count": "import data_loaders.preprocess as m, os; m.write_count_file = lambda *a: os.kill(os.getpid(), 9)",
 }
 
 
@@ -286,6 +286,19 @@ def test_day_count_of_upstream_is_left_alone(tmp_path):
     ours = run(TEXT, tmp_path, sub_sample_rate=0.5)
     with np.load(path) as data:
         assert data["total_per_file"].tolist() == ours["total_per_file"].tolist()
+
+
+def test_day_count_of_a_prefix_with_a_dot(tmp_path):
+    """Upstream cuts Kaggle's name at its first dot, Terabyte's prefix not at all."""
+    for day in range(24):
+        (tmp_path / f"tb.v1_day_{day}").write_bytes(oracle.make_text(3 + day, seed=day))
+    flags = {"max_ind_range": -1, "sub_sample_rate": 0.0, "rng": None, "progress": False}
+    preprocess_terabyte(tmp_path / "tb.v1_day", tmp_path / "out.npz", **flags)
+    with np.load(tmp_path / "tb.v1_day_day_count.npz") as data:
+        assert data["total_per_file"].tolist() == [3 + day for day in range(24)]
+    (tmp_path / "train.v1.txt").write_bytes(TEXT)
+    preprocess(tmp_path / "train.v1.txt", tmp_path / "k.npz", **flags)
+    assert sorted(path.name for path in tmp_path.glob("*_day_count.npz")) == ["tb.v1_day_day_count.npz", "train_day_count.npz"]
 
 
 def test_the_callers_stream_stands_where_upstreams_does(tmp_path):
