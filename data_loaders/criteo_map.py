@@ -1,8 +1,8 @@
 """A processed file read where it lies on the disk (--memory-map): a batch is gathered through a memory map, so memory does not grow with rows.
 
 Upstream's --memory-map loads one day's compressed file at a time, a seventh of the data (1.4 GB of arrays for Kaggle), and must read in
-order. Here every row can be reached at any time, and what the operating system keeps of the file it can drop again. Reading everything at
-the start, to check it, would undo that: shapes, types and sizes are checked at the start, values batch by batch, the checksum not at all.
+order. Here every row can be reached at any time, and what the operating system keeps of the file it can drop again. Shapes, types and sizes are
+checked at each start, checksums at the first one (a stamp beside the file spares the others), values batch by batch.
 """
 
 import mmap
@@ -14,7 +14,19 @@ import numpy as np
 import torch
 
 from data_loaders.arrays import open_arrays
-from data_loaders.criteo_npz import Meta, Processed, RawFingerprint, cause, read_counts, read_header, read_npz, read_rest, reading, way_out
+from data_loaders.criteo_npz import (
+    Meta,
+    Processed,
+    RawFingerprint,
+    cause,
+    check_once,
+    read_counts,
+    read_header,
+    read_npz,
+    read_rest,
+    reading,
+    way_out,
+)  # fmt: skip
 from data_loaders.criteo_text import COLUMNS, NUM_DENSE, NUM_SPARSE
 from data_loaders.manifest import Manifest
 from dlrm_xla.specs import UserError
@@ -92,7 +104,7 @@ def read_processed(path: Path, *, mapped: bool, progress: bool = False) -> Proce
     """A processed file, or an arrays folder of Criteo's rows; `packed` is a tensor, or mapped. Raises UserError where it is neither."""
     if not path.is_dir():
         if mapped:
-            return map_npz(path)
+            return map_npz(path, progress=progress)
         data = read_npz(path)
         data.packed = torch.from_numpy(data.packed)
         return data
@@ -124,8 +136,9 @@ def _meta_of(manifest: Manifest, path: Path) -> Meta:
         raise UserError(f"{path}: its manifest is not of Criteo's rows ({cause(error)}); {way_out(path)}") from None
 
 
-def map_npz(path: Path) -> Processed:
-    """The processed file with MappedRows as `packed`. Raises UserError where it is damaged or something else, CannotBeMapped."""
+def map_npz(path: Path, *, progress: bool = False) -> Processed:
+    """The processed file with MappedRows as `packed`; its checksums are compared once. Raises UserError where it is damaged or something else;
+    CannotBeMapped."""
     with reading(path), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         counts = read_counts(archive, path)
         with archive.open("y.npy") as member:
@@ -137,6 +150,7 @@ def map_npz(path: Path) -> Processed:
             arrays = tuple(MappedInts(file, archive, name, shape) for name, shape in shapes.items())
         except ValueError as error:
             raise CannotBeMapped(f"{path}: cannot be memory-mapped: {cause(error)}; {way_out(path)}, or leave --memory-map out") from None
+        check_once(path, file, archive, progress=progress)
         return Processed(MappedRows(path, arrays, counts), counts, *read_rest(archive))
 
 

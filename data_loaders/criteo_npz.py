@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
 from dlrm_xla.specs import UserError
@@ -213,6 +214,27 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: does not fit into memory ({cause(error)}); add --memory-map") from None
     except DAMAGE as error:
         raise UserError(f"{path}: damaged, or not a processed Criteo file ({cause(error)}); {way_out(path)}") from None
+
+
+def check_once(path: Path, file: IO[bytes], archive: zipfile.ZipFile, *, progress: bool = False) -> None:
+    """Reads every member to its end, which compares the checksums, unless a stamp beside the file, <name>.verified.json, says that this was done
+    with the very same file (size, time of change, inode). Raises one of DAMAGE."""
+    found = os.fstat(file.fileno())
+    stamp, note = [found.st_size, found.st_mtime_ns, found.st_ino], path.with_name(f"{path.name}.verified.json")
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(note.read_bytes()) == stamp:
+            return
+    with tqdm(total=found.st_size, unit="B", unit_scale=True, desc=f"Checking {path.name}", disable=not progress) as bar:
+        _read_to_the_end(archive, bar)
+    with contextlib.suppress(UserError), atomic_write(note, "") as written:  # a folder that cannot be written
+        written.write(json.dumps(stamp).encode())
+
+
+def _read_to_the_end(archive: zipfile.ZipFile, bar: tqdm) -> None:
+    for name in archive.namelist():
+        with archive.open(name) as member:
+            while piece := member.read(1 << 20):
+                bar.update(len(piece))
 
 
 def read_npz(path: Path) -> Processed:

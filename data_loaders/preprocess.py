@@ -7,24 +7,21 @@ memory that --preprocess-memory allows, and one result is written, atomically. A
 
 import argparse
 import contextlib
-import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from data_loaders.build import Built, Options, build
-from data_loaders.criteo_set import PROCESSED_NAME, SETS, CriteoSet, write_count_file
-from data_loaders.criteo_source import KAGGLE_DAYS, CriteoSource, skip_draws
+from data_loaders.criteo_set import PROCESSED_NAME, SETS, Asked, CriteoSet, check_meta, write_count_file
+from data_loaders.criteo_source import KAGGLE_DAYS, CriteoSource, draws_of, skip_draws
 from data_loaders.split import split_days
-from dlrm_xla.specs import UserError
+from dlrm_xla.specs import UserError, parse_size
 
 DAYS = KAGGLE_DAYS
 MEMORY_BYTES = 4 * 10**9
-_UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{unit}{end}": base**power for power, unit in enumerate("kmgt", 1) for end, base in (("", 1000), ("b", 1000), ("ib", 1024))}
 
-__all__ = ["DAYS", "PROCESSED_NAME", "parse_size", "preprocess", "preprocess_terabyte", "split_days"]
+__all__ = ["DAYS", "PROCESSED_NAME", "preprocess", "preprocess_terabyte", "split_days"]
 
 
 def preprocess(
@@ -86,15 +83,6 @@ def _build(
     return built
 
 
-def parse_size(text: str, flag: str = "--preprocess-memory") -> int:
-    """Bytes: "4GB", "512MB", "1.5 GiB", "2000000000". Raises UserError naming the flag."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = _UNITS.get(match[2].lower()) if match else None
-    if unit is None or float(match[1]) * unit < 1:
-        raise UserError(f"{flag}={text} is not a size; write it like 4GB, 512MB, 2GiB or 1500000000")
-    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m data_loaders.preprocess", description="Number the ids of Criteo's raw text.")
@@ -107,9 +95,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--min-frequency", type=int, default=0, help="ids seen less often share id 0; 0: every id has its own")
     parser.add_argument("--vocabulary", default="", metavar="PATH", help="an older result, whose ids are used")
     parser.add_argument("--numpy-rand-seed", type=int, default=123, help="of the sub-sampling")
+    parser.add_argument("--force", action="store_true", help="replace a result that is there")
     args = parser.parse_args(argv)
     try:
-        built, out = _run(args)
+        out = _out(args)
+        if out.exists() and not args.force and not (out.is_dir() and not any(out.iterdir())):
+            _check_there(args, out)
+            print(f"{out}: is there already, made from these files with these flags")
+            return 0
+        built = _run(args, out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -117,25 +111,41 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace) -> tuple[Built, Path]:
+def _out(args: argparse.Namespace) -> Path:
+    """Where the result goes, the flags checked."""
     if not 0 <= args.data_sub_sample_rate <= 1:
         raise UserError(f"--data-sub-sample-rate={args.data_sub_sample_rate} is not a probability from 0 to 1")
     if not 0 <= args.numpy_rand_seed < 2**32:
         raise UserError(f"--numpy-rand-seed={args.numpy_rand_seed} is not a seed; it must be from 0 to {2**32 - 1}")
-    raw, kaggle = Path(args.raw_data_file), args.data_set == "kaggle"
-    out = Path(args.processed_data_file) if args.processed_data_file else SETS[args.data_set].processed(raw)
-    built = (preprocess if kaggle else preprocess_terabyte)(
-        raw,
+    parse_size("--preprocess-memory", args.preprocess_memory)
+    return Path(args.processed_data_file) if args.processed_data_file else SETS[args.data_set].processed(Path(args.raw_data_file))
+
+
+def _check_there(args: argparse.Namespace, out: Path) -> None:
+    """Refuses a result that was made with other flags or from other files, and what is no result at all: days of work are not replaced unasked."""
+    from data_loaders.criteo_map import read_processed  # torch, whose 0.5 GB would count against --preprocess-memory
+
+    meta = read_processed(out, mapped=True, progress=sys.stderr.isatty()).meta
+    way_out = "name another --processed-data-file, or add --force to replace it"
+    if meta is None:
+        raise UserError(f"{out}: was made by upstream, which does not say from what; {way_out}")
+    draws = draws_of(np.random.RandomState(args.numpy_rand_seed).get_state(legacy=True)) if args.data_sub_sample_rate > 0 else None
+    asked = Asked(args.max_ind_range, args.data_sub_sample_rate, args.min_frequency, args.vocabulary, draws)
+    check_meta(SETS[args.data_set], meta, out, Path(args.raw_data_file), asked, way_out)
+
+
+def _run(args: argparse.Namespace, out: Path) -> Built:
+    return (preprocess if args.data_set == "kaggle" else preprocess_terabyte)(
+        Path(args.raw_data_file),
         out,
         max_ind_range=args.max_ind_range,
         sub_sample_rate=args.data_sub_sample_rate,
         rng=np.random.RandomState(args.numpy_rand_seed),
         progress=sys.stderr.isatty(),
-        memory_bytes=parse_size(args.preprocess_memory),
+        memory_bytes=parse_size("--preprocess-memory", args.preprocess_memory),
         min_frequency=args.min_frequency,
         vocabulary=Path(args.vocabulary) if args.vocabulary else None,
     )
-    return built, out
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Row numbers are int32, from 2^31 rows on uint32, from 2^32 on int64. Pass 1 writ
 its place; pass 2 shuffles one day at a time in memory. So memory is one day's: 4 bytes a row of the longest day, and a byte in pass 1.
 """
 
-import contextlib
 import json
 import os
 import tempfile
@@ -24,8 +23,7 @@ import torch
 from tqdm import tqdm
 
 from data_loaders.criteo_map import MappedInts
-from data_loaders.criteo_npz import DAMAGE, atomic_write, read_header, read_small, write_npz
-from dlrm_xla.specs import UserError
+from data_loaders.criteo_npz import DAMAGE, atomic_write, check_once, read_header, read_small, write_npz
 
 _CHUNK = 1 << 20
 _TYPES = tuple(np.dtype(name) for name in ("<i4", "<u4", "<i8"))
@@ -104,22 +102,10 @@ def _read(path: Path, accepted: tuple[OrderKey, ...]) -> MappedOrder | None:
             key = OrderKey.from_json(str(read_small(archive, "meta")))
             if key not in accepted:
                 return None
-            found = os.fstat(file.fileno())
-            stamp = [found.st_size, found.st_mtime_ns, found.st_ino]
-            if _stamp_of(path) != stamp:
-                _check_to_the_end(archive)
-                with contextlib.suppress(UserError), atomic_write(_stamp_file(path), "") as note:  # a folder that cannot be written
-                    note.write(json.dumps(stamp).encode())
+            check_once(path, file, archive)
             return _mapped(file, archive, key)
     except (OSError, *DAMAGE):
         return None
-
-
-def _check_to_the_end(archive: zipfile.ZipFile) -> None:
-    """Raises one of DAMAGE where the checksum is wrong."""
-    with archive.open("order.npy") as member:
-        while member.read(_CHUNK):
-            pass
 
 
 def _mapped(file: IO[bytes], archive: zipfile.ZipFile, key: OrderKey) -> MappedOrder:
@@ -129,18 +115,6 @@ def _mapped(file: IO[bytes], archive: zipfile.ZipFile, key: OrderKey) -> MappedO
     if dtype not in _TYPES:
         raise ValueError(f"row numbers of type {dtype}")
     return MappedOrder(MappedInts(file, archive, "order", (sum(key.total_per_file[:-1]),), dtype))
-
-
-def _stamp_file(path: Path) -> Path:
-    return path.with_name(f"{path.name}.verified.json")
-
-
-def _stamp_of(path: Path) -> list[int] | None:
-    """Size, time of change and inode of the file when its checksum was last compared."""
-    try:
-        return json.loads(_stamp_file(path).read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def _write(path: Path, key: OrderKey, rng: np.random.RandomState, progress: bool) -> MappedOrder:

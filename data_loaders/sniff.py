@@ -10,12 +10,13 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_loaders.sniff_text import guess_text
+from data_loaders.sniff_text import NoRows, guess_text
 from dlrm_xla.specs import UserError
 
 HEAD_BYTES = 1 << 18
 UTF8_MARK = b"\xef\xbb\xbf"
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\r\x01\x0c"))  # \x01 is Hive's delimiter; NUL is looked for before
+_HIVE = b"\x02\x03\x04\x05\x06\x07\x08"  # where \x01 stands between cells, these stand within them
 
 # (first bytes, what it is, way out)
 _REFUSED = (
@@ -63,9 +64,11 @@ class Dialect:
     encoding: str
 
 
-def sniff(path: Path, *, delimiter: str = "", quote: str = "", encoding: str = "") -> Dialect:
-    """The dialect of `path`. What is known already can be given ("": guess; quote "none": no quotes), and is not judged.
-    UserErrors: a file that cannot be read, is empty, is of another kind, or whose lines no delimiter cuts into equal numbers of columns."""
+def sniff(path: Path, *, delimiter: str = "", quote: str = "", encoding: str = "", separators: str = "") -> Dialect:
+    """The dialect of `path`. What is known already can be given ("": guess; quote "none": no quotes), and is not judged. separators: control
+    characters that a schema names for bags.
+    UserErrors: a file that cannot be read, is empty, is of another kind, or whose lines no delimiter cuts into equal numbers of columns;
+    NoRows, of these: an empty file, or one of a header only."""
     stored, whole = _read_head(path)
     if stored.startswith(b"PAR1"):
         return Dialect("parquet", False, "", False, _parquet_columns(path), None, "utf-8")
@@ -77,7 +80,7 @@ def sniff(path: Path, *, delimiter: str = "", quote: str = "", encoding: str = "
             what = "Parquet" if head.startswith(b"PAR1") else "gzip"
             raise UserError(f"{path}: {what} inside gzip cannot be read; unpack it with gunzip")
     _refuse_other_kinds(path, head)
-    text, encoding = _decode(path, head, whole, encoding)
+    text, encoding = _decode(path, head, whole, encoding, delimiter + separators)
     guess = guess_text(text, str(path), whole, delimiter, quote)
     return Dialect(
         "tsv" if guess.delimiter == "\t" else "csv", zipped, guess.delimiter, guess.header, guess.columns, guess.quote, encoding
@@ -94,7 +97,7 @@ def _read_head(path: Path) -> tuple[bytes, bool]:
     except OSError as error:
         raise UserError(f"{path}: cannot read it: {error.strerror}") from None
     if not head:
-        raise UserError(f"{path}: the file is empty; it needs lines of columns, or Parquet")
+        raise NoRows(f"{path}: the file is empty; it needs lines of columns, or Parquet")
     return head[:HEAD_BYTES], len(head) <= HEAD_BYTES
 
 
@@ -114,7 +117,7 @@ def _unzip_head(path: Path) -> tuple[bytes, bool]:
             raise UserError(f"{path}: the gzip data is damaged or cut off ({error}); fetch the file again") from None
     head = b"".join(pieces)
     if not head:
-        raise UserError(f"{path}: the gzip file holds nothing; it needs lines of columns")
+        raise NoRows(f"{path}: the gzip file holds nothing; it needs lines of columns")
     return head[:HEAD_BYTES], size <= HEAD_BYTES
 
 
@@ -128,7 +131,7 @@ def _parquet_columns(path: Path) -> tuple[str, ...]:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: begins like Parquet but cannot be read: {' '.join(str(error).split())[:200]}; write it again") from None
     if not metadata.num_rows or not columns:
-        raise UserError(f"{path}: the Parquet file holds no rows; name one that does")
+        raise NoRows(f"{path}: the Parquet file holds no rows; name one that does")
     _refuse_duplicates(path, columns)
     return columns
 
@@ -173,8 +176,8 @@ def _is_json(text: bytes) -> bool:
         return first[1:].lstrip()[:1] in (b'"', b"{") and b'":' in first[:1000]
 
 
-def _decode(path: Path, head: bytes, whole: bool, encoding: str) -> tuple[str, str]:
-    """(text, encoding). A character that the end of the head cuts is left out."""
+def _decode(path: Path, head: bytes, whole: bool, encoding: str, named: str) -> tuple[str, str]:
+    """(text, encoding). A character that the end of the head cuts is left out. named: characters that a schema expects."""
     for mark, name in _UTF16:
         if head.startswith(mark):
             raise UserError(f"{path}: {name} text; convert it with iconv -f {name[:6]} -t UTF-8")
@@ -183,7 +186,8 @@ def _decode(path: Path, head: bytes, whole: bool, encoding: str) -> tuple[str, s
         if max(even, odd) > 10 * min(even, odd) and max(even, odd) > len(head[:4096]) / 8:
             raise UserError(f"{path}: UTF-16 text; convert it with iconv -f UTF-16{'BE' if even > odd else 'LE'} -t UTF-8")
         raise UserError(f"{path}: binary data (NUL bytes), of no kind that is known here; write it as CSV or Parquet")
-    if len(head) - len(head.translate(None, _CONTROL)) > len(head) / 200:
+    allowed = named.encode() + (_HIVE if b"\x01" in head and head.count(b"\x01") >= head.count(b"\n") else b"")
+    if len(head) - len(head.translate(None, bytes(set(_CONTROL) - set(allowed)))) > len(head) / 200:
         raise UserError(f"{path}: binary data (control characters), of no kind that is known here; write it as CSV or Parquet")
     head = head.removeprefix(UTF8_MARK)
     if encoding != "latin-1":

@@ -23,11 +23,19 @@ _TYPED = re.compile(  # numbers, times, hashes, addresses, lists: what no name l
 )
 _NAME = re.compile(r"[^\W\d][\w .:/()#%$?*@+-]{0,79}")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+_SPARSE = (  # rows of a label and then only the features that are there
+    ("libsvm", re.compile(r"[+-]?\d+(\.\d+)?( +qid:\d+)?( +\d+:[+-]?[\d.]+([eE][+-]?\d+)?)+ *(#.*)?")),
+    ("Vowpal Wabbit's", re.compile(r"[+-]?\d+(\.\d+)? +([^|]*\s)?\|([A-Za-z]\w*(:[\d.]+)? +[^|]|\s+\S+:[\d.]+).*")),
+)
 _KNOWN = frozenset(
     "id ids uid iid user item userid itemid movieid label click clicks clicked target rating ratings score time timestamp datetime date hour day ts "
     "price cost amount category cat name title type brand genre genres tags device site app os browser country city ip url age gender sex event "
     "action session product ad campaign creative position rank count text review body stars conversion purchase history behavior behaviour".split()
 )
+
+
+class NoRows(UserError):
+    """An empty file, or one of a header only: among others it can be passed over."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,13 @@ def guess_text(text: str, name: str, whole: bool, delimiter: str = "", quote: st
     if "\n" not in text and "\r" in text.rstrip("\r"):
         raise UserError(f"{name}: lines end in a lone carriage return; convert them with tr '\\r' '\\n'")
     if not text.strip(" \r\n"):
-        raise UserError(f"{name}: the file holds blank lines only; it needs rows")
+        raise NoRows(f"{name}: the file holds blank lines only; it needs rows")
+    if not delimiter:
+        _refuse_sparse(text, name)
     cut = _cut_as_told(text, whole, delimiter, quote) if delimiter else _best_cut(text, name, whole, quote)
     header = _has_header(cut.rows)
     if header and len(cut.rows) == 1:
-        raise UserError(f"{name}: the file holds one line, which looks like a header, and no rows; name one that has rows")
+        raise NoRows(f"{name}: the file holds one line, which looks like a header, and no rows; name one that has rows")
     columns = tuple(f"c{i}" for i in range(len(cut.rows[0])))
     if header:
         columns = tuple(cell.strip() or f"c{i}" for i, cell in enumerate(cut.rows[0]))
@@ -72,6 +82,15 @@ def guess_text(text: str, name: str, whole: bool, delimiter: str = "", quote: st
         if twice is not None:
             raise UserError(f"{name}: line 1: two columns are called {twice!r}; a name must be there once, so rename one")
     return TextGuess(cut.delimiter, cut.quote, header, columns)
+
+
+def _refuse_sparse(text: str, name: str) -> None:
+    lines = [line.rstrip("\r") for line in text.split("\n")[:101] if line.strip()]
+    lines = lines[:-1] or lines  # the last one may be cut
+    for kind, pattern in _SPARSE:
+        if sum(bool(pattern.fullmatch(line)) for line in lines) >= _CONSISTENT * len(lines):
+            way_out = "write CSV or Parquet, a column for each field (a bag where a field has several values: 236|605, separator: \"|\")"
+            raise UserError(f"{name}: {kind} text (a label, then only the features that are there), which has no columns; {way_out}")
 
 
 def _cut_as_told(text: str, whole: bool, delimiter: str, quote: str) -> _Cut:

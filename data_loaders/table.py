@@ -3,6 +3,7 @@
 The folder remembers the schema, the flags and the raw files that it was made from; a run that asks for others is refused.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from dlrm_xla.specs import UserError
 _MOST_PARTS = 200  # of a stored order, which has a byte for the number of a part
 _COUNTED_ROWS = 2_000_000  # labels of mapped rows, and keys, are counted up to so many
 _PIECE_ROWS = 1 << 16
+_UNKNOWN_KEY = re.compile(r"--vocabulary=.*: column (\S+): key (\d+) ")  # of data_loaders.vocabulary
 _WAY_OUT = "delete it or choose another --processed-data-file"
 
 
@@ -80,7 +82,10 @@ def open_table(
             raise UserError(f"--processed-data-file={folder}: no arrays there; to make them, name the table's files with --raw-data-file")
         source = TableSource(find_files(raw_data_file), schema, max_ind_range)
         print_line(f"Reading raw data={raw_data_file}")
-        build(source, folder, Options(memory_bytes, min_frequency, older), progress=progress)
+        try:
+            build(source, folder, Options(memory_bytes, min_frequency, older), progress=progress)
+        except UserError as error:
+            raise UserError(_more_exactly(str(error), source)) from None
     else:
         manifest = read_manifest(folder)
         _check_same(manifest, folder, schema, max_ind_range, min_frequency, older)
@@ -91,17 +96,37 @@ def open_table(
     manifest = arrays.manifest
     if not manifest.num_train or not manifest.num_test:
         half = "train on" if not manifest.num_train else "test"
-        raise UserError(f"{folder}: the split leaves no row to {half} ({manifest.rows} rows in all); change split: in {schema_file}")
+        raise UserError(f"{folder}: the split leaves no row to {half} ({manifest.rows} rows in all); change split: in {_split_line(schema)}")
     order = _order(manifest, folder, schema, data_randomize, memory_map, rng, seed, made_now, progress)
     train = TableSplit(arrays, order, num_rows=manifest.num_train, batch_size=batch_size, drop_last=drop_last, num_batches=num_batches)
     test = TableSplit(
         arrays, None, first=manifest.num_train, num_rows=manifest.num_test, batch_size=test_batch_size, num_batches=num_batches
     )
-    for line in _summary(arrays, folder, memory_map):
+    for line in (*_summary(arrays, folder, memory_map), *_one_label(arrays, schema)):
         print_line(line)
     tables = manifest.tables
     num_dense = max(len(manifest.dense), 1)
     return TableDataset(tuple(table.rows for table in tables), tuple(table.hotness for table in tables), num_dense, train, test)
+
+
+# ---- what the build does not know of the schema -----------------------------------------------------------------------------------
+
+
+def _more_exactly(error: str, source: TableSource) -> str:
+    """An error of the build with the place in the schema, or with the cell that a key was made from."""
+    if error.startswith("split: "):
+        written = f" (the column is written as {source.first_time})" if source.schema.split.start is not None else ""
+        return f"{_split_line(source.schema)}: {error}{written}"
+    unknown = _UNKNOWN_KEY.search(error)
+    names = [column.name for column in source.categorical]
+    if unknown and unknown[1] in names:
+        found = source.find_key(names.index(unknown[1]), int(unknown[2]))
+        return f"{found}: {error}" if found else error
+    return error
+
+
+def _split_line(schema: Schema) -> str:
+    return f"{schema.path}: line {schema.split.line}" if schema.split.line else schema.path
 
 
 # ---- an older folder ----------------------------------------------------------------------------------------------------------------
@@ -217,12 +242,34 @@ def _summary(arrays: Arrays, folder: Path, mapped: bool) -> Iterator[str]:
     if not mapped or num_train + num_test <= _COUNTED_ROWS:
         train, test = _share_of_ones(arrays, 0, num_train), _share_of_ones(arrays, num_train, num_train + num_test)
         counted = f"; label 1: {train:.2%} of the training rows, {test:.2%} of the others"
-        if train in (0.0, 1.0):
-            counted += " (nothing can be learnt from one label: look at label: in the schema)"
     yield f"Table of {num_train + num_test} rows, {num_train} for training, {num_test} for testing{counted}"
     yield f"{len(manifest.dense)} dense columns{' (the model gets one of zeros)' if not manifest.dense else ''}, {len(manifest.tables)} tables"
     for table in manifest.tables:
         yield f"  {table.name}: {table.rows} rows{_bags_text(manifest, table)}{_missing_text(folder, manifest, table)}"
+
+
+def _one_label(arrays: Arrays, schema: Schema) -> Iterator[str]:
+    """A warning for each half whose rows (the first _COUNTED_ROWS of them) have one label."""
+    num_train, num_test = arrays.manifest.num_train, arrays.manifest.num_test
+    for first, rows, half, follows in (
+        (0, num_train, "training", "nothing can be learnt"), (num_train, num_test, "test", "the test has no AUC"),
+    ):  # fmt: skip
+        label = _only_label(arrays, first, first + min(rows, _COUNTED_ROWS))
+        if label is not None:
+            which = f"of the first {_COUNTED_ROWS:,} {half} rows" if rows > _COUNTED_ROWS else f"of the {rows:,} {half} rows"
+            what = f"no row's label is {1 - label}"
+            where = f"{schema.path}: line {schema.label.line}: label {schema.label.column!r}"
+            yield f"warning: {where}: {what} {which}, so {follows}; look at positive: and split:"
+
+
+def _only_label(arrays: Arrays, first: int, end: int) -> int | None:
+    """The label that all of some rows have; mostly known to be none after the first piece."""
+    shares = set()
+    for start in range(first, end, _PIECE_ROWS):
+        shares.add(_share_of_ones(arrays, start, min(start + _PIECE_ROWS, end)))
+        if shares not in ({0.0}, {1.0}):
+            return None
+    return int(shares.pop())
 
 
 def _share_of_ones(arrays: Arrays, first: int, end: int) -> float:

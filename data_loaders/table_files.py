@@ -2,8 +2,10 @@
 
 import glob
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from data_loaders.schema import Schema
 from dlrm_xla.specs import UserError
 
 # what lies beside data: success marks, checksums, notes, schemas, unfinished copies
@@ -50,6 +52,50 @@ def default_folder(raw_data_file: str) -> Path:
     if first.name in ("", ".", ".."):
         first = first.resolve()
     return first.with_name(f"{first.name}.processed")
+
+
+def same_columns(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two headers are of the same columns, which may stand in another order where every one has a name of its own."""
+    return list(names) == list(others) or ("" not in names and len(set(names)) == len(names) == len(others) and set(names) == set(others))
+
+
+def header_difference(cells: list[str], names: list[str]) -> str:
+    """What tells a header from the first file's, in words."""
+    if len(cells) != len(names):
+        return f"{len(cells)} columns instead of {len(names)}"
+    number = next(number for number, pair in enumerate(zip(cells, names, strict=True)) if pair[0] != pair[1])
+    return f"column {number + 1} is called {ascii(cells[number][:60])} instead of {ascii(names[number][:60])}"
+
+
+def file_format(files: tuple[Path, ...], schema: Schema) -> str:
+    """ "parquet" or "text", told by content; all files alike, and as the schema says."""
+    found = []
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                found.append("parquet" if file.read(4) == b"PAR1" else "text")
+        except OSError as error:
+            raise UserError(f"--raw-data-file={path}: cannot read it: {error.strerror}") from None
+    if len(set(found)) > 1:
+        text, other = files[found.index("text")], files[found.index("parquet")]
+        raise UserError(f"--raw-data-file: {other} is Parquet and {text} is not; the files of one table must be of one format")
+    if schema.format is not None and (schema.format == "parquet") != (found[0] == "parquet"):
+        what = "is Parquet" if found[0] == "parquet" else "is not Parquet (its first four bytes are not PAR1)"
+        raise UserError(f"{schema.path}: format: {schema.format}, but {files[0]} {what}; correct format: or leave it out")
+    return found[0]
+
+
+def table_names(columns: tuple[str, ...]) -> tuple[str, ...]:
+    """Names for people and files: other characters than letters, digits, _ . - become _; all different, in upper and lower case too."""
+    names: list[str] = []
+    for column in columns:
+        plain = re.sub(r"[^A-Za-z0-9_.-]", "_", column)[:60] or "_"
+        name, number = plain, 1
+        while name.lower() in (other.lower() for other in names):
+            number += 1
+            name = f"{plain}_{number}"
+        names.append(name)
+    return tuple(names)
 
 
 def natural(path: Path) -> list:

@@ -27,7 +27,8 @@ _SHAPES = (
     ("hashes", r"^[0-9a-fA-F]{24,64}$|^[A-Za-z0-9+/_-]{22,}={0,2}$"),
 )
 BRACKETS, INSIDE = r"^\s*\[.*\]\s*$", r"^\s*\[\s*|\s*\]\s*$"  # "[1, 2]"; what is replaced to get at "1, 2"
-SEPARATORS = ("|", ",", ";", "^", " ", "\x02")
+SEPARATORS = ("|", ",", ";", "^", " ", "\x02", "\x03")
+_DECIMAL_COMMA = r"^[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+$"
 _TIME_WORDS = {"time", "timestamp", "stamp", "ts", "date", "datetime", "day", "hour", "dt", "at", "unix", "epoch", "created", "utc", "month"}
 _COMPACT = (  # digits, strptime's form, needs a name that says time
     (8, "%Y%m%d", False),
@@ -130,7 +131,7 @@ def times_of(name: str, kind: str, values: pa.Array) -> Times | None:
         if in_range:
             return Times(unit, *(datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M:%S") for t in (first, last)))
     if {"timestamp", "ts", "stamp", "datetime"} & name_words(name) and len(values) > 100:
-        return Times("numbers", f"{low:.15g}", f"{high:.15g}")
+        return Times("numbers", *(f"{end:.0f}" if kind == "integer" else f"{end:.15g}" for end in (low, high)))
     return None
 
 
@@ -155,6 +156,19 @@ def _compact(values: pa.Array, named: bool) -> Times | None:
         ends = pc.min_max(values).as_py()
         return Times(unit, *(datetime.strptime(ends[end], form).strftime("%Y-%m-%d %H:%M") for end in ("min", "max")))
     return None
+
+
+def is_decimal_comma(values: pa.Array) -> bool:
+    """Whether distinct strings are numbers such as 1,5 and 1.234,50: nearly all have one comma, and none has two, as bags would."""
+    rest = 1 - share(values, r"^[+-]?(\d+|\d{1,3}(\.\d{3})+)$")
+    return rest >= 0.5 and len(values) >= 5 and share(values, _DECIMAL_COMMA) > rest - 1e-9 and _no_pairs(values)
+
+
+def _no_pairs(values: pa.Array) -> bool:
+    """Not two ids a cell: what stands behind the comma has zeros in front, or as many digits nearly everywhere."""
+    behind = pc.list_element(pc.split_pattern(values.filter(pc.match_substring(values, ",")), ","), 1)
+    lengths = np.bincount(np.asarray(pc.utf8_length(behind)))
+    return share(behind, r"^0\d") > 0 or lengths.max() > 0.8 * lengths.sum()
 
 
 def bags_of(values: pa.Array, cells: int) -> Bags | None:

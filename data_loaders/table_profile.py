@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_loaders.schema import DEFAULT_MISSING
-from data_loaders.table_kinds import INSIDE, Bags, Times, bags_of, kind_of, shape_of, times_of
-from data_loaders.table_sample import Sample
+from data_loaders.table_kinds import INSIDE, Bags, Times, bags_of, is_decimal_comma, kind_of, shape_of, times_of
+from data_loaders.table_sample import NOT_UTF8, Sample
 
 MISSING_WORDS = (*DEFAULT_MISSING, "None", "none", "N/A", "n/a", "#N/A", "<NA>", "NAN", "Null", "(null)", "NaT")
 NUMBER_MISSING = ("-", "?", ".", "--")  # stand for nothing only in columns of numbers
@@ -19,7 +19,8 @@ ESTIMATOR = "GEE"
 class Profile:
     """One column of the sample.
 
-    kind            of data_loaders.table_kinds.kind_of, or "bag" (cells of several values) or "nested" (Parquet's structs, lists of lists)
+    kind            of data_loaders.table_kinds.kind_of, or "bag" (cells of several values), "nested" (Parquet's structs, lists of lists),
+                    "binary" (not UTF-8) or "comma" (numbers with a decimal comma)
     missing         cells; of bags: empty ones
     distinct        values in the sample (of bags: of their members)
     distinct_total  the same, estimated for the whole table by GEE (Charikar, Chaudhuri, Motwani and Narasayya, 2000): values seen once count
@@ -27,7 +28,7 @@ class Profile:
     top             (the most frequent value, its share of the cells that are not missing)
     zipf            exponent s of popularity ~ rank^-s, fitted where at least ten values came three times or more; straight: the fit's R^2
     top_percent     share of the cells that the most frequent 1% of the distinct values have
-    numbers         (min, median, max) where all are numbers
+    numbers         (min, median, max) where all are numbers; of kind "integer" and "code" as int
     lengths         of bags: (shortest, mean, 99th percentile, longest)
     once            values that were seen once
     """
@@ -43,7 +44,7 @@ class Profile:
     zipf: float | None = None
     straight: float = 0.0
     top_percent: float = 0.0
-    numbers: tuple[float, float, float] | None = None
+    numbers: tuple[float, float, float] | tuple[int, int, int] | None = None
     negative: float = 0.0
     whole: bool = False
     sorted_up: bool = False
@@ -78,6 +79,8 @@ def profile(sample: Sample) -> list[Profile]:
 
 
 def profile_column(name: str, number: int, column: pa.Array, native: str, sample: Sample) -> Profile:
+    if native == NOT_UTF8:
+        return Profile(name, number, "binary", len(column), 0, native=native)
     if pa.types.is_list(column.type):
         lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))
         found = Profile(name, number, "bag", len(column), int((lengths == 0).sum()), native=native, bags=Bags("", False))
@@ -99,6 +102,8 @@ def profile_column(name: str, number: int, column: pa.Array, native: str, sample
     found = Profile(name, number, kind_of(values), len(column), int((codes < 0).sum()), native=native, missing_words=missing_words)
     found.values, found.counts, found.codes = values, counts, codes
     if found.kind == "string":
+        found.kind = "comma" if is_decimal_comma(values) else "string"
+    if found.kind == "string":
         found.odd = _odd_ones(values, counts)
         found.shape = shape_of(values)
         found.bags = bags_of(values, found.present) if found.shape in ("", "hashes") else None
@@ -110,6 +115,11 @@ def profile_column(name: str, number: int, column: pa.Array, native: str, sample
     _fill_numbers(found)
     found.times = times_of(name, found.kind, values)
     return found
+
+
+def number_text(number: float) -> str:
+    """Whole numbers in full, so that they can be typed into a schema; others with six digits."""
+    return str(number) if isinstance(number, int) else f"{number:.6g}"
 
 
 def _numbers_but_for(values: pa.Array, words: list[str]) -> bool:
@@ -170,6 +180,11 @@ def _fill_numbers(found: Profile) -> None:
     order = np.argsort(numbers)
     place = np.searchsorted(np.cumsum(found.counts[order]), found.counts.sum() / 2)
     found.numbers = (float(numbers.min()), float(numbers[order[place]]), float(numbers.max()))
+    if found.kind == "code":
+        found.numbers = tuple(int(found.values[int(order[rank])].as_py()) for rank in (0, place, -1))
+    if found.kind == "integer":  # as float64 those above 2^53 would lose digits
+        exact = np.sort(np.asarray(found.values.cast(pa.int64())))
+        found.numbers = (int(exact[0]), int(exact[place]), int(exact[-1]))
     found.negative = float(found.counts[numbers < 0].sum() / found.counts.sum())
     found.whole = bool((numbers == np.floor(numbers)).all())
     in_order = numbers[found.codes[found.codes >= 0]]

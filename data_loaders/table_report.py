@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from data_loaders.table_profile import ESTIMATOR, Profile
+from data_loaders.table_profile import ESTIMATOR, Profile, number_text
 from data_loaders.table_roles import NO_LABEL, Proposal, Role
 from data_loaders.table_sample import Sample
 from dlrm_xla.specs import size_text
@@ -64,7 +64,7 @@ def _values(column: Profile) -> str:
     if column.times:
         return f"{column.times.first} to {column.times.last}"
     if column.numbers:
-        return "  ".join(f"{number:.6g}" for number in column.numbers)
+        return "  ".join(map(number_text, column.numbers))
     if column.values is None or not column.distinct:
         return ""
     order = sorted(range(column.distinct), key=lambda i: -column.counts[i])[:3] if column.distinct <= 12 else range(2)

@@ -8,7 +8,7 @@ import pyarrow as pa
 from data_loaders.schema import DEFAULT_MISSING, CategoricalColumn, DenseColumn, LabelColumn, Schema, SplitBy
 from data_loaders.table_kinds import name_words, share
 from data_loaders.table_label import Label, Leak, find_leaks
-from data_loaders.table_profile import Profile
+from data_loaders.table_profile import Profile, number_text
 from data_loaders.table_sample import Sample
 
 NO_LABEL = "???"
@@ -110,7 +110,8 @@ def _split(columns: list[Profile], label: Label | None, leaky: dict[str, str]) -
         return None, SplitBy("fraction", 0.1), rejected or "no column is a time: the last tenth of the rows"
     named = {"timestamp", "time", "ts", "hour", "date", "datetime", "event", "unix"}
     best = max(candidates, key=lambda column: (column.sorted_up, bool(name_words(column.name) & named), column.distinct))
-    return best, SplitBy("time", 0.1, best.name), f"the last tenth by time ({best.times.first} to {best.times.last})"
+    written = f"; start: is written as the column is, as {number_text(best.numbers[2])}" if best.numbers else ""
+    return best, SplitBy("time", 0.1, best.name), f"the last tenth by time ({best.times.first} to {best.times.last}{written})"
 
 
 def _share_of_last(column: Profile) -> float:
@@ -129,6 +130,10 @@ def _role(column: Profile, sample: Sample) -> Role:
     where = "" if sample.complete else " in the sample"
     if column.kind == "nested":
         return Role(column, "left out", f"Parquet's {column.native} cannot be read; flatten it")
+    if column.kind == "binary":
+        return Role(column, "left out", "binary, not UTF-8: bytes that are no text; write them as text (hexadecimal digits) to use them")
+    if column.kind == "comma":
+        return Role(column, "left out", f"numbers with a decimal comma, as {column.top[0]}: write 1234.5 (bags of two ids: name them yourself)")
     if column.kind == "empty" or not column.distinct:
         return Role(column, "left out", f"every cell is missing{where}")
     if column.distinct == 1 and not column.missing and column.kind != "bag":
@@ -154,7 +159,10 @@ def _role(column: Profile, sample: Sample) -> Role:
 
 
 def _is_row_id(column: Profile, sample: Sample) -> bool:
-    if column.present < 20 or column.distinct < 0.999 * column.present or column.kind in ("float", "bool"):
+    if column.present < 20 or column.kind in ("float", "bool"):
+        return False
+    few_twice = column.present > 1000 and column.distinct >= 0.98 * column.present and _is_code_like(column)  # rows written twice
+    if column.distinct < 0.999 * column.present and not few_twice:
         return False
     name = "".join(sorted(name_words(column.name), key=column.name.lower().find))
     if name in _ROW_ID_NAMES or column.name == f"c{column.number}" and column.sorted_up:
@@ -164,6 +172,11 @@ def _is_row_id(column: Profile, sample: Sample) -> bool:
         steps = column.sorted_up and sample.num_rows > 100
         return bool(steps or (not words & _COUNT_WORDS and column.present >= 200 and (sample.complete or not words & _ID_WORDS)))
     return sample.complete or not words & _ID_WORDS
+
+
+def _is_code_like(column: Profile) -> bool:
+    """Whole numbers, or texts of one word with a digit."""
+    return column.kind in ("integer", "code", "hex") or column.shape in ("UUIDs", "hashes") or share(column.values, r"^[\w.:-]*\d[\w.:-]*$") == 1.0
 
 
 def _is_measure(column: Profile, sample: Sample) -> bool:
@@ -200,7 +213,7 @@ def _is_count(column: Profile) -> bool:
 
 def _dense(column: Profile) -> Role:
     low, median, high = column.numbers
-    facts = f"{low:.6g} to {high:.6g}, median {median:.6g}"
+    facts = f"{number_text(low)} to {number_text(high)}, median {number_text(median)}"
     if column.negative > 0 and high > 10 * max(median, 1e-9) and high > -10 * low:
         transform, why = "log", f"a long tail; negative ones ({_share(column.negative, 1)}) count as 0"
     elif column.negative > 0:

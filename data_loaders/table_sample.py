@@ -19,12 +19,15 @@ import pyarrow.parquet as parquet
 from isal import igzip, isal_zlib
 
 from data_loaders.sniff import Dialect, sniff
+from data_loaders.sniff_text import NoRows
+from data_loaders.table_files import same_columns
 from data_loaders.table_text import TextFormat, row_ends
 from dlrm_xla.specs import UserError
 
 WHOLE_BYTES = 32 << 20
 PLACES, PLACE_BYTES = 32, 1 << 16  # and the least that is read at each
 MOST_BYTES = 96 << 20  # of text, at most, over all places
+NOT_UTF8 = "binary, not UTF-8"
 _TRIES = 200  # line ends tried at a place
 _READ_ERRORS = (EOFError, OSError, zlib.error, isal_zlib.error)
 
@@ -34,7 +37,7 @@ class Sample:
     """Rows of a table.
 
     columns     of strings, or lists of strings (Parquet); null where Parquet has none
-    native      the columns' types in Parquet, "" of text
+    native      the columns' types in Parquet, "" of text; NOT_UTF8 of bytes that are none
     total_rows  of all files: counted where `exact`, else estimated from the bytes that the sample's rows take
     complete    the sample is all there is
     how         where the rows come from, in words
@@ -58,17 +61,32 @@ class Sample:
 
 def take_sample(files: tuple[Path, ...], rows: int) -> Sample:
     """About `rows` rows, spread over the files. UserErrors as sniff's, and where files differ in kind or in their columns."""
-    dialect = sniff(files[0])
+    files, found = _with_rows(files)
+    first = next(iter(found))
+    dialect = found[first]
     sizes = [_size(path) for path in files]
-    chosen = _spread(len(files), PLACES)
-    for k in chosen[1:]:
-        _compare(files[0], dialect, files[k])
+    for path in found:
+        _compare(first, dialect, path, found[path])
     if dialect.format == "parquet":
         return _sample_parquet(files, dialect, sizes, rows)
     try:
-        return _sample_text(files, dialect, sizes, chosen, rows)
+        return _sample_text(files, dialect, sizes, found, rows)
     except _NotUtf8:
-        return _sample_text(files, replace(dialect, encoding="latin-1"), sizes, chosen, rows)
+        return _sample_text(files, replace(dialect, encoding="latin-1"), sizes, found, rows)
+
+
+def _with_rows(files: tuple[Path, ...]) -> tuple[tuple[Path, ...], dict[Path, Dialect]]:
+    """(files, the dialects of those that are looked into). Shards without rows are taken out, as reading passes over them."""
+    found, empty, refusal = {}, set(), None
+    for k in _spread(len(files), PLACES):
+        try:
+            found[files[k]] = sniff(files[k])
+        except NoRows as error:
+            empty.add(files[k])
+            refusal = refusal or error
+    if not found:
+        raise refusal
+    return tuple(path for path in files if path not in empty), found
 
 
 class _NotUtf8(Exception):
@@ -87,11 +105,10 @@ def _spread(n: int, most: int) -> list[int]:
     return list(range(n)) if n <= most else sorted({round(k * (n - 1) / (most - 1)) for k in range(most)})
 
 
-def _compare(first: Path, dialect: Dialect, path: Path) -> None:
-    other = sniff(path)
+def _compare(first: Path, dialect: Dialect, path: Path, other: Dialect) -> None:
     if other.format != dialect.format:
         raise UserError(f"{path} is {other.format}, {first} {dialect.format}; files of one table must be of one format, so name those that are")
-    if other.columns == dialect.columns or (dialect.header and not other.header and len(other.columns) == len(dialect.columns)):
+    if same_columns(other.columns, dialect.columns) or (dialect.header and not other.header and len(other.columns) == len(dialect.columns)):
         return
     if len(other.columns) != len(dialect.columns):
         difference = f"{len(other.columns)} columns, {first} {len(dialect.columns)}"
@@ -104,19 +121,20 @@ def _compare(first: Path, dialect: Dialect, path: Path) -> None:
 # ---- text
 
 
-def _sample_text(files: tuple[Path, ...], dialect: Dialect, sizes: list[int], chosen: list[int], rows: int) -> Sample:
-    """chosen: numbers of the files that are looked into."""
+def _sample_text(files: tuple[Path, ...], dialect: Dialect, sizes: list[int], found: dict[Path, Dialect], rows: int) -> Sample:
+    """found: the dialects of the files that are looked into."""
+    chosen = [k for k, path in enumerate(files) if path in found]
     zipped = {k: _is_gzip(files[k]) for k in chosen}
     dialect = replace(dialect, gzip=zipped[chosen[0]])
     whole = sum(sizes) <= WHOLE_BYTES and len(chosen) == len(files)
     pieces: list[_Piece] = []
     if not any(zipped.values()) and not whole:
-        how = _places(files, dialect, sizes, chosen, rows, pieces)
+        how = _places(files, dialect, sizes, found, chosen, rows, pieces)
     else:
         each = MOST_BYTES // len(chosen) if not whole or any(zipped.values()) else WHOLE_BYTES
         wanted = -(-rows // len(chosen))
         for k in chosen:
-            pieces.append(_beginning(files[k], dialect, sizes[k], each, 0 if whole and not zipped[k] else wanted, k))
+            pieces.append(_beginning(files[k], dialect, found[files[k]], sizes[k], each, 0 if whole and not zipped[k] else wanted))
         how = "the whole file" if len(files) == 1 else f"all {len(files)} files"
         if not all(piece.ended for piece in pieces):
             how = "the beginning of the file" if len(files) == 1 else f"the beginnings of {len(chosen)} of {len(files)} files"
@@ -160,8 +178,8 @@ def _is_gzip(path: Path) -> bool:
         raise UserError(f"{path}: cannot read it: {error.strerror}") from None
 
 
-def _beginning(path: Path, dialect: Dialect, size: int, most_bytes: int, rows: int, number: int) -> _Piece:
-    """The first rows of a file, plain or gzip: about `rows` of them (0: no limit), of at most most_bytes of text. number: of the file."""
+def _beginning(path: Path, dialect: Dialect, its: Dialect, size: int, most_bytes: int, rows: int) -> _Piece:
+    """The first rows of a file, plain or gzip: about `rows` of them (0: no limit), of at most most_bytes of text. its: the file's own dialect."""
     text, damage, wanted, ended = b"", None, most_bytes, False
     with open(path, "rb") as stored:
         file = igzip.IGzipFile(fileobj=stored) if _is_gzip(path) else stored
@@ -188,11 +206,13 @@ def _beginning(path: Path, dialect: Dialect, size: int, most_bytes: int, rows: i
     read = len(text)
     if not ended:
         text = text[: _last_row_end(text, dialect)]
-    table, skipped = _parse(text, dialect, dialect.header and (number == 0 or sniff(path).header))
+    table, skipped = _parse(text, dialect, its, dialect.header and its.header)
     return _Piece(table, skipped, round(taken * len(text) / read), ended, " ".join(str(damage).split()) if damage else "")
 
 
-def _places(files: tuple[Path, ...], dialect: Dialect, sizes: list[int], chosen: list[int], rows: int, pieces: list[_Piece]) -> str:
+def _places(
+    files: tuple[Path, ...], dialect: Dialect, sizes: list[int], found: dict[Path, Dialect], chosen: list[int], rows: int, pieces: list[_Piece]
+) -> str:
     """Adds rows from places spread over large plain files to `pieces`; returns where from, in words."""
     first = _read(files[0], 0, 1 << 20)
     row_bytes = max(1, len(first) / max(1, len(_row_ends(first, dialect))))
@@ -208,7 +228,8 @@ def _places(files: tuple[Path, ...], dialect: Dialect, sizes: list[int], chosen:
                 continue
             text = text[begin:]
             text = text if at_end else text[: _last_row_end(text, dialect)]
-            table, skipped = _parse(text, dialect, start == 0 and dialect.header and (k == 0 or sniff(files[k]).header))
+            its = found[files[k]]
+            table, skipped = _parse(text, dialect, its, start == 0 and dialect.header and its.header)
             pieces.append(_Piece(table, skipped, len(text), start == 0 and at_end))
     which = "the file" if len(files) == 1 else f"{len(chosen)} of {len(files)} files" if len(chosen) < len(files) else f"{len(files)} files"
     return f"{len(pieces)} places spread over {which}"
@@ -257,8 +278,9 @@ def _last_row_end(text: bytes, dialect: Dialect) -> int:
     return int(ends[-1]) + 1 if len(ends) else 0
 
 
-def _parse(text: bytes, dialect: Dialect, header: bool) -> tuple[pa.Table, int]:
-    """(all columns as strings, rows left out because they have another number of columns). header: the first row is one."""
+def _parse(text: bytes, dialect: Dialect, its: Dialect, header: bool) -> tuple[pa.Table, int]:
+    """(all columns as strings, in the order of dialect.columns, rows left out because they have another number of columns). its: the file's own
+    dialect, whose columns may be in another order; header: the first row is one."""
     skipped = 0
 
     def skip(row: arrow_csv.InvalidRow) -> str:
@@ -290,6 +312,9 @@ def _parse(text: bytes, dialect: Dialect, header: bool) -> tuple[pa.Table, int]:
         if "UTF8" in str(error) or "UTF-8" in str(error):
             raise _NotUtf8 from None
         return empty, skipped
+    if its.header and its.columns != dialect.columns:
+        table = table.select([its.columns.index(name) for name in dialect.columns])
+        table = table.rename_columns(names)
     return table, skipped
 
 
@@ -328,7 +353,10 @@ def _sample_parquet(files: tuple[Path, ...], dialect: Dialect, sizes: list[int],
     if not complete:
         which = "row group" if len(groups) == 1 else f"{len(chosen)} of {len(groups)} row groups"
         how = f"the beginning of the {which}" if len(groups) == 1 else f"the beginnings of {which}"
-    native = [str(field.type) for field in table.schema]
+    native = [
+        NOT_UTF8 if "binary" in str(field.type) and text.null_count > table.column(field.name).null_count else str(field.type)
+        for field, text in zip(table.schema, columns, strict=True)
+    ]
     return Sample(files, dialect, columns, native, table.num_rows, total, True, complete, sum(sizes), how)
 
 

@@ -1,7 +1,6 @@
 """A user's table as blocks of rows (data_loaders.blocks.Source): its files, its schema, and what each column becomes."""
 
 import difflib
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from data_loaders.blocks import Block, Categorical, Dense, Mark, SplitRule
 from data_loaders.schema import Schema
 from data_loaders.schema_yaml import POSITIVE
 from data_loaders.sniff import Dialect, sniff
-from data_loaders.table_files import part_names
+from data_loaders.table_files import file_format, header_difference, part_names, same_columns, table_names
 from data_loaders.table_parquet import num_rows, parquet_batches, parquet_types
 from data_loaders.table_rows import first_row, read_cells
 from data_loaders.table_text import TextBlock, TextFormat, row_line, text_blocks
@@ -27,12 +26,13 @@ from data_loaders.table_values import BadCell
 from dlrm_xla.specs import UserError
 
 _THREADS, _AHEAD = 2, 3
-_PARQUET_MARK = b"PAR1"
+_SEARCHED_ROWS = 5_000_000  # for the cell that an error is about: some seconds
 
 
 class TableSource:
     """Files of one table, rows as blocks; each file is a part. See data_loaders.blocks.Source for the attributes.
 
+    first_time: of a split by time, how the column writes the first row's.
     Mark.byte and .line are where the next row begins in the decompressed text; Parquet: both the number of the next row in its file, from 0.
     """
 
@@ -43,16 +43,17 @@ class TableSource:
         Raises UserError where files and schema do not fit."""
         self.files, self.schema = files, schema
         self.part_names = part_names(files)
-        self._parquet = _format(files, schema) == "parquet"
+        self._parquet = file_format(files, schema) == "parquet"
         self._types: dict[str, pa.DataType] = {}
         self._text: TextFormat | None = None
+        self._headed: set[Path] = set()  # files whose first row is read as a row and looks like a header
+        self.first_time = ""
         if self._parquet:
             self._starts = [(0, 0)] * len(files)
             self._open_parquet()
         else:
             self._open_text()
         self._used = list(self._checked_columns())
-        self._wanted = [self._columns.index(name) for name in self._used]
         self.dense = tuple(Dense(column.column, column.transform) for column in schema.dense)
         names = table_names(tuple(column.column for column in schema.categorical))
         self.categorical = tuple(
@@ -112,9 +113,12 @@ class TableSource:
             place = _Place(part, following, following, before + size * following // total)
             yield place, partial(self._parquet_block, cells, first, part)
 
+    def _cells(self, text: TextBlock, part: int, names: list[str]) -> list[pa.Array]:
+        columns = self._orders[part]
+        return read_cells(text, self.files[part], self._text, columns, [columns.index(name) for name in names], self.schema.missing)
+
     def _text_block(self, text: TextBlock, part: int) -> Block:
-        path = self.files[part]
-        cells = read_cells(text, path, self._text, self._columns, self._wanted, self.schema.missing)
+        cells = self._cells(text, part, self._used)
         return self._block(cells, part, lambda row: f"line {row_line(text, row, self._text)}")
 
     def _parquet_block(self, cells: list[pa.Array], first: int, part: int) -> Block:
@@ -129,7 +133,8 @@ class TableSource:
             try:
                 return convert(cells[column], *details)
             except BadCell as bad:
-                raise UserError(f"{path}: {place(bad.row)}, column {column!r}: {bad.show()} {bad.rule}") from None
+                where = place(bad.row)
+                raise UserError(f"{path}: {where}, column {column!r}: {bad.show()} {bad.rule}{self._header_hint(path, where)}") from None
 
         if self._parquet:
             for name in cells:
@@ -151,6 +156,30 @@ class TableSource:
                 lengths.append(None)
         when = read(schema.split.column, table_values.times, self._time_kind) if self._time_kind else None
         return Block(labels, numbers, keys, lengths, part, when)
+
+    def find_key(self, number: int, key: int) -> str:
+        """File, place and cell of the first row whose key in column `number` this is, in words; "" where it is in none of the first rows."""
+        categorical, name, seen = self.categorical[number], self.schema.categorical[number].column, 0
+        for place, make in self._pieces(None):
+            block = make()
+            keys, lengths = block.keys[number], block.lengths[number]
+            hits = np.flatnonzero((keys % keys.dtype.type(categorical.modulo) if categorical.modulo else keys) == key)
+            if len(hits):
+                row = int(hits[0]) if lengths is None else int(np.searchsorted(np.cumsum(lengths), hits[0], side="right"))
+                where, cell = self._cell(make, row, name)
+                return f"{self.files[place.part]}: {where}, column {name!r}: {ascii(str(cell)[:60])}"
+            seen += block.num_rows
+            if seen > _SEARCHED_ROWS:
+                break
+        return ""
+
+    def _cell(self, make: partial, row: int, name: str) -> tuple[str, object]:
+        """(place, cell) of a row of a block; make: what made it."""
+        if self._parquet:
+            cells, first, _ = make.args
+            return f"row {first + row + 1}", cells[self._used.index(name)][row].as_py()
+        text, part = make.args
+        return f"line {row_line(text, row, self._text)}", self._cells(text, part, [name])[0][row].as_py()
 
     # ---- the files' beginnings ----------------------------------------------------------------------------------------------------
 
@@ -174,18 +203,23 @@ class TableSource:
         begun, dialect = self._sniff()
         self._text = TextFormat(dialect.delimiter.encode(), (dialect.quote or "").encode(), dialect.encoding)
         header = schema.header
-        self._starts, names = [], None
+        self._starts, self._orders, names = [], [], None
         for path in self.files:
             row = first_row(path, self._text)
             if row is None:
                 self._starts.append((-1, -1))
+                self._orders.append(())
                 continue
             cells = [cell.strip() for cell in row[0]]
             if header is None:
                 header = not schema.columns and self._is_header(cells, dialect.header)
             self._starts.append(row[1:] if header else (0, 1))
-            if header and names is not None and cells != names:
-                raise UserError(f"{path}: line 1: {_difference(cells, names)}, unlike {begun}; the files of one table must have the same header")
+            if not header and dialect.header and tuple(cells) == dialect.columns:
+                self._headed.add(path)
+            self._orders.append(tuple(name or f"c{number}" for number, name in enumerate(cells)))
+            if header and names is not None and not same_columns(cells, names):
+                what = header_difference(cells, names)
+                raise UserError(f"{path}: line 1: {what}, unlike {begun}; the files of one table must have the same header")
             if names is None:
                 names = cells
             if len(cells) != len(names):
@@ -194,21 +228,37 @@ class TableSource:
             self._columns = tuple(name or f"c{number}" for number, name in enumerate(names))
             return
         self._columns = schema.columns or tuple(f"c{number}" for number in range(len(names)))
+        self._orders = [self._columns] * len(self.files)
         if len(self._columns) != len(names):
-            raise UserError(f"{schema.path}: columns: names {len(self._columns)} columns, but {begun} has {len(names)}; name them all")
+            hint = self._delimiter_hint(begun) or "; name them all"
+            raise UserError(f"{schema.path}: columns: names {len(self._columns)} columns, but {begun} has {len(names)}{hint}")
 
     def _sniff(self) -> tuple[Path, Dialect]:
         """The first file that tells how it is to be read, and how: not an empty one, nor one of a header only."""
         schema, refusal = self.schema, None
         delimiter = schema.delimiter or ("\t" if schema.format == "tsv" else "")
         quote = "none" if schema.quote == "" else schema.quote or ""
+        separators = "".join(column.separator or "" for column in schema.categorical)
         for path in self.files:
             try:
                 if _size(path):
-                    return path, sniff(path, delimiter=delimiter, quote=quote, encoding=schema.encoding or "")
+                    return path, sniff(path, delimiter=delimiter, quote=quote, encoding=schema.encoding or "", separators=separators)
             except UserError as error:
                 refusal = refusal or error
         raise refusal or UserError(f"{self.files[0]}: the file is empty; a table needs a header or columns:, and rows")
+
+    def _delimiter_hint(self, path: Path) -> str:
+        """Where the file looks as if it had another delimiter than the schema says, which one."""
+        try:
+            found = sniff(path).delimiter if self._text else ""
+        except UserError:
+            return ""
+        return f"; it seems separated by {found!r}: correct delimiter:" if found and found.encode() != self._text.delimiter else ""
+
+    def _header_hint(self, path: Path, where: str = "line 1") -> str:
+        if path not in self._headed or where != "line 1":
+            return ""
+        return f"; the first line looks like a header: write header: true{' in place of columns:' if self.schema.columns else ''}"
 
     def _is_header(self, cells: list[str], guess: bool) -> bool:
         """Whether a file's first row holds names: the schema's own tell it better than a guess."""
@@ -229,7 +279,8 @@ class TableSource:
             near = difflib.get_close_matches(name, self._columns, 1, 0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             names = ", ".join(self._columns[:30]) + (", ..." if len(self._columns) > 30 else "")
-            raise UserError(f"{where}: {self.files[0]} has no column {name!r}; {hint}it has {names}")
+            ending = self._delimiter_hint(self.files[0]) or self._header_hint(self.files[0])
+            raise UserError(f"{where}: {self.files[0]} has no column {name!r}; {hint}it has {names}{ending}")
         for name, kind in self._types.items():
             nested = pa.types.is_nested(kind) and not (table_values.is_list(kind) and not pa.types.is_nested(kind.value_type))
             is_bag = any(column.column == name for column in self.schema.categorical)
@@ -256,14 +307,14 @@ class TableSource:
                 cells = cells if cells is None else table_values.plain(cells[:1], self._missing)
             else:
                 text = None if self._starts[part] == (-1, -1) else next(text_blocks(path, self._text, *self._starts[part], 1 << 16), None)
-                wanted = [self._columns.index(name)]
-                cells = text and read_cells(text, path, self._text, self._columns, wanted, self.schema.missing)[0][:1]
+                cells = text and self._cells(text, part, [name])[0][:1]
             if cells is not None and len(cells):
                 try:
+                    self.first_time = str(cells[0].as_py())
                     return table_values.time_kind(cells)
                 except BadCell as bad:
                     where = f"line {self._starts[part][1]}" if not self._parquet else "row 1"
-                    raise UserError(f"{path}: {where}, column {name!r}: {bad.show()} {bad.rule}") from None
+                    raise UserError(f"{path}: {where}, column {name!r}: {bad.show()} {bad.rule}{self._header_hint(path, where)}") from None
         raise UserError(f"{self.files[0]}: no rows; a table needs at least two, one to train on and one to test")
 
     def _split_rule(self) -> SplitRule:
@@ -276,7 +327,7 @@ class TableSource:
             try:
                 return SplitRule("time", start=int(table_values.times(pa.array([split.start]), self._time_kind)[0]))
             except BadCell as bad:
-                raise UserError(f"{where}: start: {bad.show()} {bad.rule}") from None
+                raise UserError(f"{where}: start: {bad.show()} {bad.rule}; write it as the column is written, as {self.first_time}") from None
         parts = set()
         for pattern in split.files:
             found = [
@@ -297,37 +348,6 @@ def column_ranges(schema: Schema, max_ind_range: int) -> list[int]:
     return [column.max_ind_range or max(max_ind_range, 0) for column in schema.categorical]
 
 
-def table_names(columns: tuple[str, ...]) -> tuple[str, ...]:
-    """Names for people and files: other characters than letters, digits, _ . - become _; all different, in upper and lower case too."""
-    names: list[str] = []
-    for column in columns:
-        plain = re.sub(r"[^A-Za-z0-9_.-]", "_", column)[:60] or "_"
-        name, number = plain, 1
-        while name.lower() in (other.lower() for other in names):
-            number += 1
-            name = f"{plain}_{number}"
-        names.append(name)
-    return tuple(names)
-
-
-def _format(files: tuple[Path, ...], schema: Schema) -> str:
-    """ "parquet" or "text", told by content; all files alike, and as the schema says."""
-    found = []
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                found.append("parquet" if file.read(4) == _PARQUET_MARK else "text")
-        except OSError as error:
-            raise UserError(f"--raw-data-file={path}: cannot read it: {error.strerror}") from None
-    if len(set(found)) > 1:
-        text, other = files[found.index("text")], files[found.index("parquet")]
-        raise UserError(f"--raw-data-file: {other} is Parquet and {text} is not; the files of one table must be of one format")
-    if schema.format is not None and (schema.format == "parquet") != (found[0] == "parquet"):
-        what = "is Parquet" if found[0] == "parquet" else "is not Parquet (its first four bytes are not PAR1)"
-        raise UserError(f"{schema.path}: format: {schema.format}, but {files[0]} {what}; correct format: or leave it out")
-    return found[0]
-
-
 def _positive(schema: Schema) -> tuple | None:
     """The label's rule as data_loaders.table_values takes it. A list of numbers is compared as numbers: 4 is 4.0."""
     positive = schema.label.positive
@@ -340,13 +360,6 @@ def _positive(schema: Schema) -> tuple | None:
         return "in", tuple(float(value) for value in positive)
     except ValueError:
         return "in", positive
-
-
-def _difference(cells: list[str], names: list[str]) -> str:
-    if len(cells) != len(names):
-        return f"{len(cells)} columns instead of {len(names)}"
-    number = next(number for number, pair in enumerate(zip(cells, names, strict=True)) if pair[0] != pair[1])
-    return f"column {number + 1} is called {ascii(cells[number][:60])} instead of {ascii(names[number][:60])}"
 
 
 @dataclass(frozen=True)

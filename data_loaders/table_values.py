@@ -6,6 +6,8 @@ hex      1 to 8 digits, "0x" before them allowed.                               
 string   as it is written; Parquet's numbers as Arrow writes them.                                    Key: XXH3 of the UTF-8 bytes
 """
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -73,10 +75,15 @@ def keys(cells: pa.Array, kind: str) -> np.ndarray:
         values = numbers(_checked(cells, _to_hex, rule), MISSING_32)
         _refuse_reserved(values, cells, MISSING_32, "stands for missing cells; add it to missing:, or use type: string")
         return values
-    values = numbers(_checked(cells, _to_int, "is not a whole number of 64 bits, signed; use type: string (or hex)"), -MISSING_64)
+    values = numbers(_checked(cells, _to_int, _no_integer), -MISSING_64)
     values = values.view(np.uint64)
     _refuse_reserved(values, cells, MISSING_64, "stands for missing cells; add it to missing:, or use type: string")
     return values
+
+
+def _no_integer(value) -> str:
+    fits_hex = isinstance(value, str) and re.fullmatch(r"(0[xX])?[0-9a-fA-F]{1,8}", value.strip())
+    return f"is not a whole number of 64 bits, signed; use type: {'hex (or string)' if fits_hex else 'string'}"
 
 
 def _refuse_reserved(values: np.ndarray, cells: pa.Array, reserved: int, rule: str) -> None:
@@ -318,8 +325,8 @@ def _valid(array: pa.Array) -> np.ndarray:
     return bits[first:].view(np.bool_)
 
 
-def _checked(cells: pa.Array, convert, rule: str) -> pa.Array:
-    """convert(cells); where it fails, BadCell of the first cell that it fails on."""
+def _checked(cells: pa.Array, convert, rule) -> pa.Array:
+    """convert(cells); where it fails, BadCell of the first cell that it fails on. rule: a text, or what makes one of the cell."""
     try:
         return convert(cells)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -331,4 +338,5 @@ def _checked(cells: pa.Array, convert, rule: str) -> pa.Array:
                 good = middle
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 bad = middle
-        raise BadCell(good, cells[good].as_py(), rule) from None
+        value = cells[good].as_py()
+        raise BadCell(good, value, rule if isinstance(rule, str) else rule(value)) from None

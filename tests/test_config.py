@@ -323,7 +323,7 @@ def test_numbers_are_finite(name, value):
         ("--loss-weights=nan-1", "must be finite numbers"),
         ("--preprocess-memory=", "must be a size, as 4GB, 512MB or 2GiB"),
         ("--preprocess-memory=-1GB", "must be a size"),
-        ("--preprocess-memory=4 gigs", "must be a size"),
+        *((f"--preprocess-memory={text}", "must be a size") for text in ("4 gigs", "GB", "4XB", "four", "4GB2", "inf", "i", "4ib", "1e999")),
         ("--loss-weights=1e39-1", "must be finite numbers"),
     ],
 )

@@ -212,6 +212,64 @@ def test_several_files(run, tmp_path, capsys, small_limits):
     assert "2 columns" in error(capsys, folder)
 
 
+def test_files_without_rows_and_in_another_order(run, tmp_path, capsys):
+    """As reading takes them: a shard without rows is passed over, columns are found by name."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name, data in {"p0.csv": "", "p1.csv": "click,user,v\n", "p4.csv": "click,user,v\n"}.items():
+        (folder / name).write_text(data)
+    log_shapes.write(folder / "p2.csv", [(i % 3 == 0, i % 50, f"v{i % 7}") for i in range(300)], ["click", "user", "v"])
+    log_shapes.write(folder / "p3.csv", [(f"v{i % 7}", i % 3 == 0, i % 50) for i in range(300)], ["v", "click", "user"])
+    schema, figures, out = run(folder)
+    assert (figures["rows"], figures["rows_exact"], len(figures["files"])) == (600, True, 2)
+    assert [(name, column["distinct"]) for name, column in figures["columns"].items()] == [("click", 2), ("user", 50), ("v", 7)]
+    for name in ("p2.csv", "p3.csv"):
+        (folder / name).unlink()
+    assert "empty" in error(capsys, folder)
+
+
+def test_parquet_binary(tmp_path, run):
+    binary = {"bytes": [bytes([200 + i % 9, 255]) for i in range(100)], "text": [f"v{i % 5}".encode() for i in range(100)]}
+    parquet.write_table(pa.table({"click": [i % 2 for i in range(100)], **binary}), tmp_path / "x.parquet")
+    schema, figures, out = run(tmp_path / "x.parquet")
+    assert [column.column for column in schema.categorical] == ["text"]
+    assert "left out  bytes: binary, not UTF-8" in out and "every cell is missing" not in out
+
+
+def test_a_row_id_of_which_some_are_there_twice(tmp_path, run):
+    rows = draw(3000, lambda r, i: r.integers(2), lambda r, i: f"t{10**6 + i - (i % 60 == 1)}x", lambda r, i: 7 * 10**12 + (i - (i % 60 == 1)) * 7919,
+                lambda r, i: f"some words {r.integers(10**5)}", lambda r, i: r.integers(900))  # fmt: skip
+    (tmp_path / "x.csv").write_bytes(table(rows, "click,token,trace,words,user"))
+    schema, _, out = run(tmp_path / "x.csv")
+    assert [column.column for column in schema.categorical] == ["words", "user"]
+    assert out.count("a row's own number or name: 2,950 distinct of 3,000") == 2
+
+
+def test_decimal_commas(tmp_path, run):
+    makers = (lambda r, i: r.integers(2), lambda r, i: f"{r.integers(10**4) / 100:.2f}".replace(".", ","), lambda r, i: f"{r.integers(9)}",
+              lambda r, i: ",".join(str(r.integers(40)) for _ in range(r.integers(1, 4))), lambda r, i: f"1.{r.integers(100, 999)},5")  # fmt: skip
+    (tmp_path / "x.csv").write_text("click;price;user;pages;total\n" + "".join(";".join(map(str, row)) + "\n" for row in draw(400, *makers)))
+    schema, _, out = run(tmp_path / "x.csv")
+    assert [(column.column, column.separator) for column in schema.categorical] == [("user", None), ("pages", ",")] and not schema.dense
+    assert out.count("numbers with a decimal comma, as ") == 2 and "write 1234.5" in out
+
+
+def test_large_integers_in_full(tmp_path, run):
+    rows = draw(300, lambda r, i: r.integers(2), lambda r, i: 20141021093000123 + i // 2, lambda r, i: r.integers(9))
+    (tmp_path / "x.csv").write_bytes(table(rows, "click,timestamp,user"))
+    schema, figures, out = run(tmp_path / "x.csv")
+    assert schema.split.column == "timestamp" and "as 20141021093000272" in out and "e+16" not in out
+    assert figures["columns"]["timestamp"]["numbers"] == [20141021093000123, 20141021093000197, 20141021093000272]
+
+
+def test_hive_bags(tmp_path, run):
+    tags = draw(300, lambda r, i: "\x02".join(str(r.integers(40)) for _ in range(r.integers(1, 4))))
+    rows = [(i % 2, tag, i % 9) for i, (tag,) in enumerate(tags)]
+    (tmp_path / "part-0").write_text("click\x01tags\x01user\n" + "".join("\x01".join(map(str, row)) + "\n" for row in rows))
+    schema, _, _ = run(tmp_path / "part-0")
+    assert schema.delimiter == "\x01" and schema.categorical[0] == CategoricalColumn("tags", "integer", "\x02")
+
+
 def test_parquet_row_groups(tmp_path, run):
     table = pa.table({"click": [i % 4 == 0 for i in range(50_000)], "user": [i // 100 for i in range(50_000)]})
     parquet.write_table(table, tmp_path / "x.parquet", row_group_size=1000)

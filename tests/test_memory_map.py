@@ -4,16 +4,18 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import CRITEO_MODEL, ROOT, SMALL
 
-from data_loaders import reorder
+from data_loaders import criteo_npz, reorder
 from data_loaders.criteo import open_criteo
 from data_loaders.criteo_map import map_npz
 from data_loaders.criteo_npz import write_npz
+from data_loaders.preprocess import preprocess
 from data_loaders.reorder import OrderKey, draw_order, order_file, stored_order
 from dlrm_xla.specs import UserError
 from tests.oracles import criteo as oracle
@@ -172,7 +174,7 @@ def test_a_stored_order_is_checked_to_its_end(tmp_path):
 def test_a_stored_order_is_read_to_its_end_once(tmp_path, monkeypatch):
     """Then its stamp says that it is the file that was checked."""
     path, key, whole = tmp_path / "order.npz", OrderKey(1, "total", (2000,) * 7), []
-    monkeypatch.setattr(reorder, "_check_to_the_end", lambda archive, check=reorder._check_to_the_end: (whole.append(1), check(archive)))
+    monkeypatch.setattr(criteo_npz, "_read_to_the_end", lambda *args, check=criteo_npz._read_to_the_end: (whole.append(1), check(*args)))
 
     def order():
         found, drawn = stored_order(path, key, None, made_now=False, sampled_rows=0)
@@ -184,6 +186,23 @@ def test_a_stored_order_is_read_to_its_end_once(tmp_path, monkeypatch):
     assert (order(), order()) == ((wanted, False, 2), (wanted, False, 2))
     (tmp_path / "order.npz.verified.json").write_text("damaged")
     assert order() == (wanted, False, 3)
+
+
+def test_a_flipped_byte_is_noticed_though_its_value_is_possible(tmp_path):
+    """The checksums of a mapped file are compared once; a stamp of another file is not trusted."""
+    raw, path = tmp_path / "train.txt", tmp_path / "out.npz"
+    raw.write_bytes(oracle.make_text(300))
+    preprocess(raw, path, max_ind_range=-1, sub_sample_rate=0.0, rng=None, progress=False)
+    map_npz(path)
+    assert (tmp_path / "out.npz.verified.json").exists()
+    map_npz(path)
+    with zipfile.ZipFile(path) as archive:
+        at = archive.getinfo("y.npy").header_offset + 400
+    damaged = bytearray(path.read_bytes())
+    damaged[at - at % 4] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="damaged, or not a processed Criteo file .Bad CRC-32"):
+        map_npz(path)
 
 
 def test_another_run_writes_its_order_at_the_same_moment(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 
 from data_loaders import criteo_text
 from data_loaders.criteo_npz import read_npz
-from data_loaders.preprocess import PROCESSED_NAME, main, parse_size, preprocess, preprocess_terabyte, split_days
+from data_loaders.preprocess import PROCESSED_NAME, main, preprocess, preprocess_terabyte, split_days
 from dlrm_xla.specs import UserError
 from tests.oracles import criteo as oracle
 
@@ -319,30 +319,43 @@ def test_the_callers_stream_stands_where_upstreams_does(tmp_path):
         assert rng.randint(2**31) == wanted
 
 
-def test_sizes():
-    sizes = {"4GB": 4 * 10**9, "512MB": 512 * 10**6, "2GiB": 2**31, "1500000000": 1500000000, "1.5 gb": 1500 * 10**6, "3k": 3000, "7 B": 7}
-    assert {text: parse_size(text) for text in sizes} == sizes
-    for text in ("", "GB", "-1GB", "4XB", "1e9", "0", "four", "4GB2", "inf"):
-        with pytest.raises(UserError, match="^--preprocess-memory=.* is not a size; write it like 4GB"):
-            parse_size(text)
-
-
 def test_command_line(tmp_path, capsys):
     raw = tmp_path / "train.txt"
     raw.write_bytes(TEXT)
     assert main([f"--raw-data-file={raw}", "--data-sub-sample-rate=0.4", "--numpy-rand-seed=5"]) == 0
     same(load(tmp_path / PROCESSED_NAME), oracle.process(TEXT, sub_sample_rate=0.4, seed=5))
     for flags, words in {
-        "--preprocess-memory=9QB": "--preprocess-memory=9QB is not a size",
+        "--preprocess-memory=9QB": "--preprocess-memory=9QB: must be a size",
         "--preprocess-memory=1MB": "is too little for reading rows: ",
         "--data-set=terabyte": f"{raw}_0 is missing",
         "--min-frequency=-1": "--min-frequency=-1 is negative",
         "--vocabulary=absent": "--vocabulary=absent: cannot read it: No such file",
         "--data-sub-sample-rate=2": "is not a probability",
     }.items():
-        assert main([f"--raw-data-file={raw}", flags]) == 2
+        assert main([f"--raw-data-file={raw}", flags, "--force"]) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and words in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["out.npz", "out"])
+def test_a_result_is_not_replaced_unasked(tmp_path, capsys, name):
+    raw, out = tmp_path / "train.txt", tmp_path / name
+    raw.write_bytes(TEXT)
+    flags = [f"--raw-data-file={raw}", f"--processed-data-file={out}", "--data-sub-sample-rate=0.4"]
+    assert main(flags) == 0
+    before = out.stat().st_ino
+    assert main(flags) == 0
+    assert "is there already" in capsys.readouterr().out
+    raw.write_bytes(TEXT + TEXT)
+    for more, words in (
+        ([], "made from another raw file"),
+        (["--max-ind-range=5"], "made with --max-ind-range=-1, but 5 is asked for"),
+        (["--numpy-rand-seed=9"], "sampled with another --numpy-rand-seed"),
+    ):
+        assert main(flags + more) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.endswith("name another --processed-data-file, or add --force to replace it\n") and out.stat().st_ino == before
+    assert main([*flags, "--max-ind-range=5", "--force"]) == 0 and out.stat().st_ino != before
 
 
 def test_no_day_count_away_from_the_raw_file(tmp_path):

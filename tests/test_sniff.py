@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_loaders.sniff import Dialect, sniff
-from data_loaders.sniff_text import guess_text
+from data_loaders.sniff_text import NoRows, guess_text
 from dlrm_xla.specs import UserError
 
 
@@ -51,6 +51,7 @@ TEXTS = {
     "line ends in quotes": ('t,click\n"a\nb, c",1\n"x ""y"" z",0\nplain,1\n', ",", '"', True, 2),
     "lists in quotes": ('"[1,2]",5\n"[1,3]",6\n', ",", '"', False, 2),
     "tags within tabs": ("u\ttags\n1\ta,b\n2\tc,d\n", "\t", None, True, 2),
+    "bags in Hive": ("1\x01a\x02b\x02c\n2\x01\x02\x03d\n" * 9, "\x01", None, False, 2),
     "Hive": ("1\x01a\x01b\n2\x01c\x01d\n", "\x01", None, False, 3),
     "bars": ("a|b|c\n1|2|3\n1|2|4\n", "|", '"', True, 3),
     "blanks": ("1 2 3\n4 5 6\n", " ", '"', False, 3),
@@ -104,6 +105,27 @@ def test_what_is_known_is_taken(tmp_path):
     assert sniff_bytes(tmp_path, b"abc\n1\n2\n", delimiter=",").columns == ("abc",)
     assert sniff_bytes(tmp_path, b'a,b\n"1",2\n', quote="none").quote is None
     assert sniff_bytes(tmp_path, b"a,b\n'1,1',2\n'1,2',3\n", quote="'").columns == ("a", "b")
+
+
+def test_control_characters_of_bags(tmp_path):
+    """They are text where \\x01 is the delimiter, and where a schema says so."""
+    data = b"1,a\x02b\n2,\x02c\x02\n" * 50
+    assert "control characters" in refusal(tmp_path, data)
+    assert sniff_bytes(tmp_path, data, separators="|\x02").delimiter == ","
+    assert sniff_bytes(tmp_path, data, delimiter="\x02").delimiter == "\x02"
+    assert "control characters" in refusal(tmp_path, b"1\x01a\x1fb\n" * 50)
+
+
+def test_files_without_rows_can_be_told(tmp_path):
+    for data in (b"", b"\n", b"click,user\n", gzip.compress(b"")):
+        with pytest.raises(NoRows):
+            sniff_bytes(tmp_path, data)
+
+
+def test_blanks_and_bars_that_are_a_table(tmp_path):
+    assert sniff_bytes(tmp_path, b"1 12:30 5\n0 12:31 6\n0 1:05 7\n" * 9).delimiter == " "
+    assert sniff_bytes(tmp_path, b"1|hello world|5\n0|hello you|6\n" * 9).delimiter == "|"
+    assert sniff_bytes(tmp_path, b"1 | user | 3.5\n0 | user | 4.5\n" * 9).delimiter == "|"
 
 
 def test_parquet(tmp_path):
@@ -161,6 +183,7 @@ def test_a_database_is_refused(tmp_path):
         (b"", "empty"), (b"\n\n \n", "blank lines"), (b"a,b,c\n", "no rows"), (b"abc\n1\n2\n", "one column"), (b"a,b,a\n1,2,3\n4,5,6\n", "'a'"),
         (b"1::1193::5\n2::11::4\n", "'::'"), (b"a,b\r1,2\r", "carriage"), (b"my report\na,b,c\n" + b"1,2,3\n" * 30, "line 1 has 1 columns"),
         (b"a,b,c\n1,2\n1,2,3,4\n1\n1,2\n1,2\n1,2\n3,4\n", "equal|same number"), (gzip.compress(b"", mtime=0), "holds nothing"),
+        (b"0 236:1 605:1\n1 qid:3 255:0.5 # x\n1 7:1e-3\n", "libsvm"), (b"-1 |u 236 |p price:5\n1 0.5 'tag|u 255 |p price:3\n", "Vowpal"),
         (gzip.compress(b"a,b\n1,2\n", mtime=0)[:12], "damaged or cut off"), (gzip.compress(gzip.compress(b"a,b\n1,2\n", mtime=0), mtime=0), "gunzip"),
     ],
 )  # fmt: skip

@@ -262,6 +262,8 @@ def test_an_older_folder(tmp_path, table, changed, message):
         ({"processed_data_file": "a.npz"}, "--processed-data-file=a.npz: the arrays of a table are a folder"),
         ({"raw": "", "processed_data_file": "none"}, "--processed-data-file=none: no arrays there; to make them"),
         ({"schema": SCHEMA.replace("{by: time, column: ts, test: 0.2}", "{by: time, column: ts, start: 999}")}, "none of 100 rows for testing"),
+        ({"schema": SCHEMA.replace("test: 0.2", "start: 999")}, r"schema.yaml: line 9: split: .* \(the column is written as 0\)$"),
+        ({"schema": SCHEMA.replace("{by: time, column: ts, test: 0.2}", "{by: fraction, test: 0.001}")}, "schema.yaml: line 9: split: "),
         ({"schema": SCHEMA.replace("{by: time, column: ts, test: 0.2}", "{by: fraction, test: 0.001}")}, "none of 100 rows for testing"),
     ],
 )
@@ -269,6 +271,33 @@ def test_refusals(tmp_path, table, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         table(**{"raw": write(tmp_path / "a.csv", made_up(100)), **flags})
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_cell_that_a_vocabulary_lacks_is_shown(tmp_path, table, kind):
+    """Its key alone is a hash."""
+    older, rows = made_up(100), made_up(100)
+    rows[70]["genres"] = "Drama|Western"
+    table(write(tmp_path / "a.csv", older))
+    if kind == "parquet":
+        path = tmp_path / "b.parquet"
+        parquet.write_table(pa.table({name: [row[name] for row in rows] for name in rows[0]}), path)
+    else:
+        path = write(tmp_path / "b.csv", rows)
+    where = "line 72" if kind == "csv" else "row 71"
+    with pytest.raises(UserError, match=rf"^{path}: {where}, column 'genres': 'Drama\|Western': --vocabulary=.*: column genres: key "):
+        table(path, vocabulary=str(tmp_path / "a.csv.processed"))
+
+
+@pytest.mark.parametrize(("positive", "missing"), [(">= 9", 1), (">= 0", 0)])
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_one_label_only_is_warned_of(tmp_path, table, positive, missing, memory_map):
+    table(write(tmp_path / "a.csv", made_up(100)), SCHEMA.replace(">= 4", positive), memory_map=memory_map)
+    warnings = [line for line in table.lines if line.startswith("warning: ")]
+    about = f"warning: {tmp_path}/schema.yaml: line 1: label 'rating': no row's label is {missing} of the"
+    assert [line.split(" rows")[0] for line in warnings] == [f"{about} 81 training", f"{about} 19 test"]
+    table(write(tmp_path / "b.csv", made_up(100)))
+    assert not any(line.startswith("warning") for line in table.lines)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path, table):

@@ -296,7 +296,9 @@ def test_keys(tmp_path, kind, cells):
 @pytest.mark.parametrize(
     ("column", "cell", "message"),
     [
-        ("i", "12.5", "'12.5' is not a whole number of 64 bits, signed; use type: string (or hex)"),
+        ("i", "12.5", "'12.5' is not a whole number of 64 bits, signed; use type: string"),
+        ("i", "1000fbbc", "use type: hex (or string)"),
+        ("i", "9666858637632736584", "signed; use type: string"),
         ("i", "9223372036854775808", "is not a whole number of 64 bits"),
         ("i", "-9223372036854775808", "stands for missing cells; add it to missing:"),
         ("i", "x" * 100, f"'{'x' * 60}'... is not a whole number"),
@@ -412,6 +414,57 @@ def test_files_that_do_not_agree(tmp_path, second, message):
     (tmp_path / "a.csv").write_text("click,x\n0,1\n")
     (tmp_path / "b.csv").write_text(second)
     assert message in refused(tmp_path, ("x", "integer"))
+
+
+@pytest.mark.parametrize("cell", ["a", '"a,b"', "''"])
+def test_files_with_their_columns_in_another_order(tmp_path, cell):
+    """Cells are found by name, by pyarrow and by the csv module (a blank line makes that read)."""
+    text = {"a.csv": "click,x,note,t\n1,5,N,3\n0,6,N,4\n", "b.csv": "note,t,x,click\nN,5,7,1\nN,6,8,0\n", "c.csv": "t,click,x,note\n7,1,9,N\n"}
+    for name, lines in text.items():
+        (tmp_path / name).write_text(lines.replace("N", cell))
+    note = next(csv.reader([cell]))[0]
+    source = source_of(tmp_path, ("note", "string"), ("x", "integer"), split=SplitBy("time", 0.1, "t"))
+    wanted = [(float(n % 2 == 0), [], [hashed(note), 5 + n], 3 + n, n // 2) for n in range(5)]
+    assert rows_of(source) == wanted
+    marks = [mark for _, mark in source.blocks(None, progress=False)]
+    assert rows_of(source, marks[0]) == wanted[2:]
+    with pytest.raises(UserError, match=r"b.csv: line 3, column 'x': 'NO'"):
+        (tmp_path / "b.csv").write_text("note,t,x,click\n,5,7,1\n,6,NO,0\n")
+        rows_of(source_of(tmp_path, ("x", "integer")))
+    (tmp_path / "b.csv").write_text("note,t,x,x\n,5,7,1\n")
+    assert "b.csv: line 1: column 1 is called 'note' instead of 'click'" in refused(tmp_path, ("x", "integer"))
+
+
+def test_hive_bags(tmp_path):
+    (tmp_path / "part").write_text("click\x01tags\n1\x015\x026\n0\x01\n0\x017\n" * 1)
+    source = source_of(tmp_path / "part", ("tags", "integer", "\x02"), delimiter="\x01")
+    assert [row[2][0] for row in rows_of(source)] == [[5, 6], [], [7]]
+    (tmp_path / "part").write_text("click,tags\n" + "1,5\x026\n" * 90)
+    assert rows_of(source_of(tmp_path / "part", ("tags", "integer", "\x02")))[0][2] == [[5, 6]]
+
+
+def test_a_header_that_is_read_as_a_row(tmp_path):
+    path = write_csv(tmp_path / "a.csv", avazu(50))
+    ending = "; the first line looks like a header: write header: true"
+    found = refused(path, ("c4", "hex"), label="c1", header=False)
+    assert "line 1, column 'c1': 'click' is not 0, 1" in found and found.endswith(ending)
+    names = tuple(f"n{n}" for n in range(7))
+    assert refused(path, ("n4", "hex"), label="n1", columns=names).endswith(f"{ending} in place of columns:")
+    assert refused(path, ("site_id", "hex"), header=False).endswith(ending)
+    (tmp_path / "b.csv").write_text("x,y\n1,5\n0,6\n" * 9)  # names that come again are no header
+    assert "looks like" not in refused(tmp_path / "b.csv", ("c1", "integer"), label="c0", header=False)
+
+
+def test_a_wrong_delimiter(tmp_path):
+    path = write_csv(tmp_path / "a.csv", avazu(50))
+    assert refused(path, ("site_id", "hex"), delimiter=";").endswith("; it seems separated by ',': correct delimiter:")
+    assert refused(path, ("b", "hex"), delimiter="|", header=False, columns=("click", "b")).endswith("it seems separated by ',': correct delimiter:")
+
+
+def test_a_start_that_the_column_does_not_have(tmp_path):
+    path = write_csv(tmp_path / "a.csv", avazu(5))
+    found = refused(path, ("site_id", "hex"), split=SplitBy("time", 0.0, "hour", start="2014-10-21"))
+    assert "start: '2014-10-21' is not a number" in found and found.endswith("write it as the column is written, as 14102100")
 
 
 def test_files_for_testing(tmp_path):
