@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_loaders import spill
 from data_loaders.build import Built, Options, build
 from data_loaders.criteo_set import PROCESSED_NAME, SETS, Asked, CriteoSet, check_meta, write_count_file
 from data_loaders.criteo_source import KAGGLE_DAYS, CriteoSource, draws_of, skip_draws
@@ -132,6 +133,9 @@ def _check_there(args: argparse.Namespace, out: Path) -> None:
     draws = draws_of(np.random.RandomState(args.numpy_rand_seed).get_state(legacy=True)) if args.data_sub_sample_rate > 0 else None
     asked = Asked(args.max_ind_range, args.data_sub_sample_rate, args.min_frequency, args.vocabulary, draws)
     check_meta(SETS[args.data_set], meta, out, Path(args.raw_data_file), asked, way_out)
+    if spill.parts_folder(out).exists():  # of a run that was killed when the result had its name
+        with spill.locked_folder(spill.parts_folder(out), str(out)):
+            spill.remove(spill.parts_folder(out))
 
 
 def _run(args: argparse.Namespace, out: Path) -> Built:

@@ -344,8 +344,9 @@ def test_a_result_is_not_replaced_unasked(tmp_path, capsys, name):
     flags = [f"--raw-data-file={raw}", f"--processed-data-file={out}", "--data-sub-sample-rate=0.4"]
     assert main(flags) == 0
     before = out.stat().st_ino
+    (tmp_path / f"{name}.parts").mkdir()  # of a run that was killed when the result had its name
     assert main(flags) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "is there already" in capsys.readouterr().out and not (tmp_path / f"{name}.parts").exists()
     raw.write_bytes(TEXT + TEXT)
     for more, words in (
         ([], "made from another raw file"),
