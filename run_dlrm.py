@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dlrm_xla import backends, checkpoint, flags
 from dlrm_xla.config import Config
-from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.specs import TableSpec, UserError, one_line
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "resource_exhausted")  # torch on the CPU, CUDA, XLA
 
@@ -39,9 +39,7 @@ def main(argv: list[str]) -> int:
 
 
 def refuse(message: str) -> int:
-    """One line, whatever is quoted in it."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in message)
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
 
 

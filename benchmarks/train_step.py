@@ -36,7 +36,8 @@ import psutil
 import torch
 from report import ROOT, commit_of, finish, heading, median, say
 
-from data_loaders.preprocess import PROCESSED_NAME, preprocess
+from data_loaders.criteo_set import PROCESSED_NAME
+from data_loaders.preprocess import preprocess
 
 BOTTOM, TOP, WIDTH, TABLES = (13, 512, 256, 64, 16), (367, 512, 256, 1), 16, 26
 MODEL = (

@@ -28,7 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data_loaders.preprocess import preprocess, preprocess_terabyte  # noqa: E402
+from data_loaders.preprocess import preprocess  # noqa: E402
 
 MODEL = (
     "--arch-sparse-feature-size=16", "--arch-mlp-bot=13-32-16", "--arch-mlp-top=32-1", "--data-generation=dataset", "--loss-function=bce",
@@ -126,9 +126,9 @@ def compare(copy: Path, raw: Path, folder: Path, name: str) -> dict:
 
     max_ind_range = next((int(flag.split("=")[1]) for flag in more if flag.startswith("--max-ind-range")), -1)
     made = folder / "made.npz" if data_set == "kaggle" else folder / "made"
-    make, source = (preprocess, raw / "train.txt") if data_set == "kaggle" else (preprocess_terabyte, raw / "day")
-    make(source, made, max_ind_range=max_ind_range, sub_sample_rate=0.0, rng=np.random.RandomState(123), progress=False)
-    place = ours / ("train.txt" if data_set == "kaggle" else "day")
+    name = "train.txt" if data_set == "kaggle" else "day"
+    preprocess(raw / name, made, data_set=data_set, max_ind_range=max_ind_range, sub_sample_rate=0.0, rng=None, progress=False)
+    place = ours / name
     convert(made, "--to", form, "--out", place if form == "days" else ours / PROCESSED[data_set], "--raw-data-file", place)
     found = train(copy, *flags_of(data_set, ours, PROCESSED[data_set], *more))
     result = {"batches": len(found), "losses_equal": found == expected, "first": found[0], "last": found[-1]}

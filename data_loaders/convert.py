@@ -33,6 +33,7 @@ from tqdm import tqdm
 from data_loaders import mlperf_bin
 from data_loaders.arrays import is_arrays, read_manifest
 from data_loaders.arrays_writer import checksums
+from data_loaders.command import ended
 from data_loaders.criteo_map import CannotBeMapped, read_processed
 from data_loaders.criteo_npz import DAMAGE, Processed, atomic_write, cause, read_array, read_small, write_npz
 from data_loaders.criteo_set import SETS, CriteoSet, rows_of_days, write_count_file
@@ -335,7 +336,7 @@ def _write_counts(path: Path, name: str, values: np.ndarray, force: bool) -> Non
 
 
 def main(argv: list[str]) -> int:
-    """0; 2 after one line on stderr that says what is wrong; 130 when interrupted."""
+    """Returns the exit status (data_loaders.command)."""
     parser = argparse.ArgumentParser(prog="python -m data_loaders.convert", description="A processed Criteo set in another of its forms.")
     parser.add_argument("processed", type=Path, metavar="PROCESSED", help=".npz of ours or of upstream, or an arrays folder")
     parser.add_argument("--to", required=True, choices=("npz", "arrays", "bin", "days"), help="days: the files of upstream's --memory-map")
@@ -348,26 +349,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data-randomize", default="total", choices=("total", "day", "none"), help="bin, days: order of the training rows")
     parser.add_argument("--numpy-rand-seed", type=int, default=123, help="bin, days: seed of that order")
     args = parser.parse_args(argv)
+    return ended(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
     raw, progress = Path(args.raw_data_file) if args.raw_data_file else None, sys.stderr.isatty()
-    try:
-        if not 0 <= args.numpy_rand_seed < 2**32:
-            raise UserError(f"--numpy-rand-seed={args.numpy_rand_seed}: must be from 0 to 4294967295")
-        opened = open_processed(args.processed, args.data_set, raw, progress)
-        options = {"raw": raw, "seed": args.numpy_rand_seed, "randomize": args.data_randomize}
-        written = convert(opened, args.to, args.out, **options, force=args.force, progress=progress)
-    except UserError as error:
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(error))
-        print(f"error: {line}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if not 0 <= args.numpy_rand_seed < 2**32:
+        raise UserError(f"--numpy-rand-seed={args.numpy_rand_seed}: must be from 0 to 4294967295")
+    opened = open_processed(args.processed, args.data_set, raw, progress)
+    options = {"raw": raw, "seed": args.numpy_rand_seed, "randomize": args.data_randomize}
+    written = convert(opened, args.to, args.out, **options, force=args.force, progress=progress)
     more = f" and {len(written) - 1} more files" if len(written) > 1 else ""
     print(f"{len(opened.data.packed):,} rows of {opened.criteo.name}, {opened.criteo.days} days: {written[0]}{more}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from data_loaders.criteo_set import SETS, Asked, CriteoSet, check_meta, rows_of_
 from data_loaders.criteo_source import draws_of
 from data_loaders.criteo_split import CriteoDataset, CriteoSplit, upstreams_last_batch
 from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
-from data_loaders.preprocess import preprocess, preprocess_terabyte
+from data_loaders.preprocess import preprocess
 from data_loaders.reorder import MappedOrder, OrderKey, order_file, stored_order
 from dlrm_xla.specs import UserError
 
@@ -227,10 +227,10 @@ def _make(request: _Request, announce: Callable[[], None]) -> None:
     if request.raw is None:
         raise UserError(f"--processed-data-file={request.path}: no such file; to make it, name Criteo's text with --raw-data-file=PATH")
     announce()
-    make, asked = preprocess if request.criteo.name == "kaggle" else preprocess_terabyte, request.asked
-    make(
-        request.raw, request.path, max_ind_range=asked.max_ind_range, sub_sample_rate=asked.sub_sample_rate, rng=request.preprocess_rng,
-        progress=request.progress, memory_bytes=request.memory_bytes, min_frequency=asked.min_frequency,
+    asked = request.asked
+    preprocess(
+        request.raw, request.path, data_set=request.criteo.name, max_ind_range=asked.max_ind_range, sub_sample_rate=asked.sub_sample_rate,
+        rng=request.preprocess_rng, progress=request.progress, memory_bytes=request.memory_bytes, min_frequency=asked.min_frequency,
         vocabulary=Path(asked.vocabulary) if asked.vocabulary else None,
     )  # fmt: skip
 

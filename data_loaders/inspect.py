@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from data_loaders.command import ended
 from data_loaders.criteo_npz import atomic_write
 from data_loaders.criteo_text import COLUMNS, NUM_DENSE, NUM_SPARSE
 from data_loaders.table_files import find_files
@@ -28,7 +29,7 @@ ROWS = 100_000
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one line on stderr."""
+    """Returns the exit status (data_loaders.command)."""
     parser = argparse.ArgumentParser(prog="python -m data_loaders.inspect", description="Profile a table and propose a schema for --data-set=table.")
     parser.add_argument("files", nargs="+", metavar="F", help="files (CSV, TSV, Parquet; plain or gzip), a folder or a pattern")
     parser.add_argument("--rows", type=int, default=ROWS, help=f"size of the sample ({ROWS:,})")
@@ -36,18 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--label", default="", help="the label's column, where the guess is wrong", metavar="COLUMN")
     parser.add_argument("--json", type=Path, help="write the figures here", metavar="FILE")
     args = parser.parse_args(argv)
-    try:
-        if args.rows < 10:
-            raise UserError(f"--rows={args.rows}: a sample needs at least 10 rows")
-        if args.schema and args.schema.exists():
-            raise UserError(f"--schema={args.schema} exists and may hold your changes; name another file, or remove it")
-        inspect(",".join(args.files), args.rows, args.schema, args.label, args.json)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # | head
-        sys.stderr.close()
-    return 0
+    return ended(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.rows < 10:
+        raise UserError(f"--rows={args.rows}: a sample needs at least 10 rows")
+    if args.schema and args.schema.exists():
+        raise UserError(f"--schema={args.schema} exists and may hold your changes; name another file, or remove it")
+    inspect(",".join(args.files), args.rows, args.schema, args.label, args.json)
 
 
 def inspect(raw_data_file: str, rows: int, schema_file: Path | None, label_name: str, json_file: Path | None) -> None:

@@ -6,7 +6,6 @@ memory that --preprocess-memory allows, and one result is written, atomically. A
 """
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 
@@ -14,15 +13,12 @@ import numpy as np
 
 from data_loaders import spill
 from data_loaders.build import Built, Options, build
-from data_loaders.criteo_set import PROCESSED_NAME, SETS, Asked, CriteoSet, check_meta, write_count_file
-from data_loaders.criteo_source import KAGGLE_DAYS, CriteoSource, draws_of, skip_draws
-from data_loaders.split import split_days
+from data_loaders.command import ended
+from data_loaders.criteo_set import SETS, Asked, check_meta, write_count_file
+from data_loaders.criteo_source import CriteoSource, draws_of, skip_draws
 from dlrm_xla.specs import UserError, parse_size
 
-DAYS = KAGGLE_DAYS
 MEMORY_BYTES = 4 * 10**9
-
-__all__ = ["DAYS", "PROCESSED_NAME", "preprocess", "preprocess_terabyte", "split_days"]
 
 
 def preprocess(
@@ -31,61 +27,39 @@ def preprocess(
     *,
     max_ind_range: int,
     sub_sample_rate: float,
-    days: int = DAYS,
     rng: np.random.RandomState | None,
     progress: bool,
+    data_set: str = "kaggle",
     memory_bytes: int = MEMORY_BYTES,
     min_frequency: int = 0,
     vocabulary: Path | None = None,
 ) -> Built:
-    """Makes `out`, an .npz or an arrays folder, of Kaggle's raw file `raw` (plain or gzip).
+    """Makes `out`, an .npz or an arrays folder, of Criteo's raw text, plain or gzip.
 
+    raw              kaggle: the file; terabyte: the prefix DIR/day of DIR/day_0 .. DIR/day_23
     max_ind_range    above 0: ids are hash modulo this
     sub_sample_rate  above 0: a row with label 0 is dropped with this probability; one rng.uniform is drawn for every raw row
     progress         bars on stderr
     memory_bytes, min_frequency, vocabulary: see data_loaders.build.Options
     Raises UserError for a bad line (with its number), an unreadable raw file, too few rows, or an `out` that cannot be written.
     """
-    source = CriteoSource.kaggle(raw, max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, days=days, rng=rng)
-    options = Options(memory_bytes, min_frequency, vocabulary)
-    return _build(SETS["kaggle"], source, raw, out, options, rng if sub_sample_rate > 0 else None, progress)
+    open_source = CriteoSource.kaggle if data_set == "kaggle" else CriteoSource.terabyte
+    source = open_source(raw, max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, rng=rng)
 
-
-def preprocess_terabyte(
-    prefix: Path,
-    out: Path,
-    *,
-    max_ind_range: int,
-    sub_sample_rate: float,
-    rng: np.random.RandomState | None,
-    progress: bool,
-    memory_bytes: int = MEMORY_BYTES,
-    min_frequency: int = 0,
-    vocabulary: Path | None = None,
-) -> Built:
-    """The same of Terabyte's 24 files: prefix DIR/day stands for DIR/day_0 .. DIR/day_23, plain or with .gz at the end."""
-    source = CriteoSource.terabyte(prefix, max_ind_range=max_ind_range, sub_sample_rate=sub_sample_rate, rng=rng)
-    options = Options(memory_bytes, min_frequency, vocabulary)
-    return _build(SETS["terabyte"], source, prefix, out, options, rng if sub_sample_rate > 0 else None, progress)
-
-
-def _build(
-    criteo: CriteoSet, source: CriteoSource, raw: Path, out: Path, options: Options, rng: np.random.RandomState | None, progress: bool
-) -> Built:
     def before_naming(built: Built) -> None:
         # upstream looks for this file where it finds an .npz beside the raw file
         if out.suffix == ".npz" and out.parent.resolve() == raw.parent.resolve():
             way_out = "name a place outside the raw file's folder with --processed-data-file=PATH"
-            write_count_file(criteo.day_count_file(raw), "total_per_file", np.array(built.part_rows, np.int64), way_out)
+            write_count_file(SETS[data_set].day_count_file(raw), "total_per_file", np.array(built.part_rows, np.int64), way_out)
 
-    built = build(source, out, options, progress=progress, before_naming=before_naming)
-    if rng is not None:
+    built = build(source, out, Options(memory_bytes, min_frequency, vocabulary), progress=progress, before_naming=before_naming)
+    if sub_sample_rate > 0:
         skip_draws(rng, built.raw_rows)  # the source drew from a copy, which may have begun in the middle
     return built
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one line on stderr."""
+    """Returns the exit status (data_loaders.command)."""
     parser = argparse.ArgumentParser(prog="python -m data_loaders.preprocess", description="Number the ids of Criteo's raw text.")
     parser.add_argument("--data-set", choices=("kaggle", "terabyte"), default="kaggle")
     parser.add_argument("--raw-data-file", required=True, metavar="PATH", help="Kaggle's text, or DIR/day for DIR/day_0 .. DIR/day_23; plain or gzip")
@@ -98,18 +72,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--numpy-rand-seed", type=int, default=123, help="of the sub-sampling")
     parser.add_argument("--force", action="store_true", help="replace a result that is there")
     args = parser.parse_args(argv)
-    try:
-        out = _out(args)
-        if out.exists() and not args.force and not (out.is_dir() and not any(out.iterdir())):
-            _check_there(args, out)
-            print(f"{out}: is there already, made from these files with these flags")
-            return 0
-        built = _run(args, out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return ended(lambda: _run(args), "interrupted; run again to go on where it stopped")
+
+
+def _run(args: argparse.Namespace) -> None:
+    out = _out(args)
+    if out.exists() and not args.force and not (out.is_dir() and not any(out.iterdir())):
+        _check_there(args, out)
+        print(f"{out}: is there already, made from these files with these flags")
+        return
+    built = preprocess(
+        Path(args.raw_data_file),
+        out,
+        data_set=args.data_set,
+        max_ind_range=args.max_ind_range,
+        sub_sample_rate=args.data_sub_sample_rate,
+        rng=np.random.RandomState(args.numpy_rand_seed),
+        progress=sys.stderr.isatty(),
+        memory_bytes=parse_size("--preprocess-memory", args.preprocess_memory),
+        min_frequency=args.min_frequency,
+        vocabulary=Path(args.vocabulary) if args.vocabulary else None,
+    )
     print(f"{out}: {built.rows:,} rows of {built.raw_rows:,}, {sum(built.table_rows):,} ids in {len(built.table_rows)} columns")
-    return 0
 
 
 def _out(args: argparse.Namespace) -> Path:
@@ -138,21 +122,5 @@ def _check_there(args: argparse.Namespace, out: Path) -> None:
             spill.remove(spill.parts_folder(out))
 
 
-def _run(args: argparse.Namespace, out: Path) -> Built:
-    return (preprocess if args.data_set == "kaggle" else preprocess_terabyte)(
-        Path(args.raw_data_file),
-        out,
-        max_ind_range=args.max_ind_range,
-        sub_sample_rate=args.data_sub_sample_rate,
-        rng=np.random.RandomState(args.numpy_rand_seed),
-        progress=sys.stderr.isatty(),
-        memory_bytes=parse_size("--preprocess-memory", args.preprocess_memory),
-        min_frequency=args.min_frequency,
-        vocabulary=Path(args.vocabulary) if args.vocabulary else None,
-    )
-
-
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    sys.exit(130)
+    sys.exit(main())

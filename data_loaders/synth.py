@@ -31,9 +31,11 @@ from isal import igzip
 from tqdm import tqdm
 
 from data_loaders import synth_profiles
+from data_loaders.command import ended
 from data_loaders.criteo_npz import atomic_write
+from data_loaders.criteo_source import KAGGLE_DAYS
 from data_loaders.criteo_text import COLUMNS, NUM_DENSE, NUM_SPARSE
-from data_loaders.preprocess import DAYS, split_days
+from data_loaders.split import split_days
 from data_loaders.synth_profiles import COUNT_EFFECT, ID_EFFECT, MISSING_ID, ProfileGenerator, hex_digits, intercept, scramble
 from dlrm_xla.specs import UserError
 
@@ -168,8 +170,8 @@ def _text(table: pa.Table) -> pa.Buffer:
 
 def write_file(out: Path, rows: int, seed: int, *, progress: bool, threads: int = 1) -> dict:
     """The small profile: writes `out` (gzip where the name ends in .gz) and <out>.bayes.json; returns what the latter holds."""
-    _check_rows(rows, DAYS)
-    return _write(Generator(seed), [out], np.array([rows]), out, DAYS, seed, {}, progress, threads)
+    _check_rows(rows, KAGGLE_DAYS)
+    return _write(Generator(seed), [out], np.array([rows]), out, KAGGLE_DAYS, seed, {}, progress, threads)
 
 
 def write_profile(chosen: synth_profiles.Profile, out: Path, rows: int, seed: int, *, zipped: bool = False, progress: bool, threads: int) -> dict:
@@ -305,7 +307,7 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one line on stderr."""
+    """Returns the exit status (data_loaders.command)."""
     parser = argparse.ArgumentParser(prog="python -m data_loaders.synth", description="Write files in Criteo's format with a planted signal.")
     parser.add_argument("--out", type=Path, required=True, help="file to write, gzip where it ends in .gz; criteo-terabyte: DIR/day")
     parser.add_argument("--profile", choices=["small", *synth_profiles.PROFILES], default="small")
@@ -315,23 +317,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gzip", action="store_true", help="criteo-terabyte: DIR/day_0.gz ...")
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 8), help="they do not change what is written")
     args = parser.parse_args(argv)
-    try:
-        facts = _run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return ended(lambda: _run(args))
+
+
+def _run(args) -> None:
+    facts = _write_as_asked(args)
     error = f", to {facts['bayes_auc_error']:.1e}" if "bayes_auc_error" in facts else ""
     print(
         f"{args.out}: {facts['rows']:,} rows, {facts['raw_bytes']:,} bytes, click rate {facts['click_rate']:.4f}, "
         f"Bayes AUC {facts['bayes_auc']:.4f} (test half {facts['bayes_auc_test']:.4f}{error})"
     )
-    return 0
 
 
-def _run(args) -> dict:
+def _write_as_asked(args) -> dict:
     if args.seed < 0:
         raise UserError(f"--seed={args.seed} is negative; it must be 0 or above")
     if not 1 <= args.threads <= 256:

@@ -39,6 +39,11 @@ class UserError(ValueError):
     """A mistake of the caller's that one line can explain: what, where, its value, the rule, the way out. run_dlrm.py exits with 2."""
 
 
+def one_line(message: str) -> str:
+    """A message as one line, whatever is quoted in it: what cannot be printed becomes an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in message)
+
+
 def size_text(num_bytes: float) -> str:
     """Bytes as people read them, in powers of ten: "2.16 GB"."""
     units = ["bytes", "kB", "MB", "GB", "TB"]

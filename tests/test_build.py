@@ -16,7 +16,7 @@ from data_loaders.arrays import open_arrays
 from data_loaders.blocks import Categorical, Dense, SplitRule
 from data_loaders.build import Options, build
 from data_loaders.manifest import vocabulary_files
-from data_loaders.preprocess import preprocess, preprocess_terabyte
+from data_loaders.preprocess import preprocess
 from dlrm_xla.specs import UserError
 from tests.made_source import expected, make_source
 from tests.oracles import criteo as oracle
@@ -288,7 +288,7 @@ def test_terabyte(tmp_path, rate):
         (tmp_path / f"day_{day}{'.gz' if day % 3 == 0 else ''}").write_bytes(gzip.compress(text) if day % 3 == 0 else text)
     flags = {"max_ind_range": -1, "sub_sample_rate": rate, "progress": False}
     for out in ("out", "out.npz"):
-        preprocess_terabyte(tmp_path / "day", tmp_path / out, **flags, rng=np.random.RandomState(3))
+        preprocess(tmp_path / "day", tmp_path / out, **flags, rng=np.random.RandomState(3), data_set="terabyte")
     rng, rows, kept = np.random.RandomState(3), [], []
     for text in texts:
         day = oracle.read_text(text)
@@ -310,7 +310,7 @@ def test_a_missing_day(tmp_path):
     for day in (0, 1, 3):
         (tmp_path / f"day_{day}").write_bytes(oracle.make_text(5))
     with pytest.raises(UserError, match=r"day_2 is missing, and so is day_2.gz; Terabyte is 24 files, day_0 to day_23, plain or .gz"):
-        preprocess_terabyte(tmp_path / "day", tmp_path / "out", max_ind_range=-1, sub_sample_rate=0.0, rng=None, progress=False)
+        preprocess(tmp_path / "day", tmp_path / "out", max_ind_range=-1, sub_sample_rate=0.0, rng=None, progress=False, data_set="terabyte")
 
 
 # ---- unfinished work ----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_loaders import build, criteo_text, read_stage
-from data_loaders.preprocess import preprocess, preprocess_terabyte
+from data_loaders.preprocess import preprocess
 from dlrm_xla.specs import UserError
 from tests.oracles import corrupt, upstream_text
 
@@ -159,7 +159,7 @@ def test_a_day_of_terabyte_fetched_again(tmp_path, small_segments, how):
         (tmp_path / f"day_{day}").write_bytes(GOOD if day else bad)
 
     def run() -> None:
-        preprocess_terabyte(tmp_path / "day", tmp_path / "out.npz", max_ind_range=-1, sub_sample_rate=0.0, rng=None, progress=False)
+        preprocess(tmp_path / "day", tmp_path / "out.npz", max_ind_range=-1, sub_sample_rate=0.0, rng=None, progress=False, data_set="terabyte")
 
     with pytest.raises(UserError, match=f"{tmp_path}/day_0: line {line}: 80 columns"):
         run()

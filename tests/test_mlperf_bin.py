@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from data_loaders import mlperf_bin
 from data_loaders.criteo import open_criteo
 from data_loaders.mlperf_bin import bin_file, bin_stem
-from data_loaders.preprocess import preprocess_terabyte
+from data_loaders.preprocess import preprocess
 from dlrm_xla.specs import UserError
 from tests.oracles import terabyte as oracle
 from tests.oracles.reorder import reordered
@@ -171,7 +171,7 @@ def test_bins_of_another_vocabulary_are_refused(tmp_path):
     place, sidecar = prefix.with_name("day_processed"), prefix.with_name("day_processed_bins.json")
     for name, seed in (("a", 5), ("b", 6)):
         flags = {"max_ind_range": -1, "sub_sample_rate": 0.0, "rng": None, "progress": False, "min_frequency": 1}
-        preprocess_terabyte(files_of_days(tmp_path / name, seed), tmp_path / name / "voc", **flags)
+        preprocess(files_of_days(tmp_path / name, seed), tmp_path / name / "voc", **flags, data_set="terabyte")
     without = ids_of(open_it(place).train)
     assert refusal(place, vocabulary=str(tmp_path / "a" / "voc")).startswith(f"{sidecar}: made without --vocabulary, which is asked for; delete")
     other = prefix.with_name("with_a")
@@ -216,7 +216,7 @@ def test_bins_are_completed_from_one_source(tmp_path, kind):
         day.write_bytes(bytes([day.read_bytes()[0] ^ 1]) + day.read_bytes()[1:])  # a label
         shutil.rmtree(place)
         flags = {"max_ind_range": -1, "sub_sample_rate": 0.0, "rng": None, "progress": False}
-        preprocess_terabyte(prefix, place, **flags)
+        preprocess(prefix, place, **flags, data_set="terabyte")
         for file in prefix.parent.glob("day_?"):
             file.unlink()
         day.unlink()

@@ -15,7 +15,9 @@ import pytest
 
 from data_loaders import criteo_text
 from data_loaders.criteo_npz import read_npz
-from data_loaders.preprocess import PROCESSED_NAME, main, preprocess, preprocess_terabyte, split_days
+from data_loaders.criteo_set import PROCESSED_NAME
+from data_loaders.preprocess import main, preprocess
+from data_loaders.split import split_days
 from dlrm_xla.specs import UserError
 from tests.oracles import criteo as oracle
 
@@ -293,7 +295,7 @@ def test_day_count_of_a_prefix_with_a_dot(tmp_path):
     for day in range(24):
         (tmp_path / f"tb.v1_day_{day}").write_bytes(oracle.make_text(3 + day, seed=day))
     flags = {"max_ind_range": -1, "sub_sample_rate": 0.0, "rng": None, "progress": False}
-    preprocess_terabyte(tmp_path / "tb.v1_day", tmp_path / "out.npz", **flags)
+    preprocess(tmp_path / "tb.v1_day", tmp_path / "out.npz", **flags, data_set="terabyte")
     with np.load(tmp_path / "tb.v1_day_day_count.npz") as data:
         assert data["total_per_file"].tolist() == [3 + day for day in range(24)]
     (tmp_path / "train.v1.txt").write_bytes(TEXT)

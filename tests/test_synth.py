@@ -16,7 +16,8 @@ from data_loaders import synth, synth_profiles
 from data_loaders.criteo import open_criteo
 from data_loaders.criteo_npz import read_npz
 from data_loaders.criteo_text import parse_block
-from data_loaders.preprocess import preprocess, split_days
+from data_loaders.preprocess import preprocess
+from data_loaders.split import split_days
 from data_loaders.synth_profiles import PROFILES, ProfileGenerator, Zipf
 from dlrm_xla.specs import UserError
 from tests.oracles import criteo as oracle
