@@ -48,7 +48,9 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     import numpy as np
     import torch
 
-    from compression.registry import mixed_dimensions
+    from compression.choose import choose, parse_wish, ratio_text
+    from compression.registry import mixed_dimensions, needs_counts, recorded
+    from compression.traffic import count_ids
     from data_loaders.open import open_dataset
     from data_loaders.prefetch import read_ahead
     from dlrm_xla import debug, onnx_export
@@ -60,6 +62,8 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     from dlrm_xla.tracking import Tracker, describe_environment, make_folder
 
     output, compat = config.output, config.upstream_compat
+    if config.method.kind == "compress":
+        parse_wish(config.method)  # a name that is none is found before anything is read
     console = Console(output.print_time, output.print_wall_time)
     mlperf = MLPerfLog(output.mlperf, emit=console.line)
     mlperf.init_start()
@@ -100,7 +104,21 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
         if compat and (config.data.from_files or config.data.num_workers == 0):
             torch.empty((), dtype=torch.int64).random_()  # upstream's loader draws a seed for each pass; QR and MD tables come after it
         debug.print_data(console.line, data.train, data.hotness)
-    trainer = build(config, specs, rng, backend)
+    saved_choices = recorded(loaded.tables) if loaded is not None and loaded.tables else None
+    if saved_choices is not None and config.method.kind is None:
+        choices = saved_choices if len(saved_choices) == len(specs) else choose(specs, config.method)
+    else:
+        choices = choose(specs, config.method)
+    counts = None
+    if loaded is None and needs_counts(choices):
+        if not config.data.from_files:
+            raise UserError(
+                f"--compress={config.method.compress}: goes by how often training looks ids up, which random data does not tell; use a data set"
+            )
+        counts = count_ids(data.train, specs)
+    trainer = build(config, specs, rng, backend, choices=choices, counts=counts)
+    if any(choice.method != "plain" for choice in choices):
+        console.note(f"compressed: {ratio_text(specs, choices)}")
     console.note(f"tables: {trainer.tables.describe()}{', the choice of --table-layout=auto' if config.table_layout == 'auto' else ''}")
     if output.save_onnx:
         onnx_export.check_size(trainer)
@@ -170,8 +188,12 @@ def table_specs(config: Config, data) -> list[TableSpec]:
     ]
 
 
-def build(config: Config, specs: list[TableSpec], rng, backend, device: str = "cpu"):
-    """The trainer. Tables 0..T-1, bottom MLP, top MLP, as upstream draws them; device "meta": tables without numbers, nothing drawn for them."""
+def build(config: Config, specs: list[TableSpec], rng, backend, device: str = "cpu", choices=None, counts=None):
+    """The trainer. Tables 0..T-1, bottom MLP, top MLP, as upstream draws them; device "meta": tables without numbers, nothing drawn for them.
+
+    choices, counts: of compression.registry.create_tables
+    """
+    from compression.choose import choose
     from compression.registry import create_tables
     from dlrm_xla.embeddings import EmbeddingCollection
     from dlrm_xla.models.dlrm import DLRM
@@ -179,8 +201,8 @@ def build(config: Config, specs: list[TableSpec], rng, backend, device: str = "c
     from dlrm_xla.train import Trainer
 
     compat = config.upstream_compat
-    replay_torch = config.method.kind is not None or (compat and (config.data.num_workers > 0 or config.data.bin_shuffle))
-    created = create_tables(specs, config.method, rng, replay_torch, compat)
+    replay_torch = config.method.kind in ("qr", "md") or (compat and (config.data.num_workers > 0 or config.data.bin_shuffle))
+    created = create_tables(specs, config.method, rng, replay_torch, compat, choices or choose(specs, config.method), counts)
     layout = backend.layout(config.table_layout)
     tables = EmbeddingCollection(created, config.model.weighted_pooling, RULES[config.train.optimizer](), layout, device)
     model = DLRM(config.model, len(specs), config.loss.threshold, rng)

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compression.method import Knob, Making, Method
 from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
-from dlrm_xla.specs import TableSpec
+from dlrm_xla.specs import TableSpec, UserError
 
 
 def dimensions(table_rows: list[int], temperature: float, base_dim: int, round_dims: bool) -> list[int]:
@@ -54,5 +55,46 @@ class MixedDimTable(EmbeddingTable):
     def row_ids(self, ids: Tensor) -> tuple[Tensor]:
         return (ids,)
 
-    def combine(self, rows: tuple[Tensor]) -> Tensor:
+    def combine(self, rows: tuple[Tensor], ids: Tensor | None) -> Tensor:
         return self.proj(rows[0])
+
+
+def _check(spec: TableSpec, knobs: dict) -> None:
+    if knobs["width"] > spec.embedding_dim:
+        raise UserError(f"md:width={knobs['width']}: table {spec.name} has vectors of {spec.embedding_dim}; use at most that")
+
+
+def _num_bytes(spec: TableSpec, knobs: dict) -> int:
+    width = knobs["width"]
+    return 4 * spec.num_embeddings * width + (4 * width * spec.embedding_dim if width < spec.embedding_dim else 0)
+
+
+def _create(spec: TableSpec, knobs: dict, making: Making) -> EmbeddingTable:
+    return MixedDimTable(spec, knobs["width"], making.rng)
+
+
+def _spread(specs: list[TableSpec], knobs: dict) -> list[dict]:
+    """The widths by the power rule over the tables together."""
+    if knobs["width"]:
+        return [knobs for _ in specs]
+    dim = specs[0].embedding_dim
+    widths = dimensions([spec.num_embeddings for spec in specs], knobs["temperature"], dim, knobs["round_dims"])
+    return [{**knobs, "width": min(width, dim)} for width in widths]
+
+
+METHOD = Method(
+    name="md",
+    title="mixed dimensions: the more ids, the shorter the rows, and a projection (upstream's --md-flag)",
+    paper="Ginart et al., Mixed Dimension Embeddings with Application to Memory-Efficient Recommendation Systems, arXiv:1909.11810",
+    knobs=(
+        Knob("temperature", float, 0.3, "alpha of the power rule over all tables; 0: equal widths", least=0, most=4),
+        Knob("round_dims", bool, False, "round widths to powers of two"),
+        Knob("width", int, 0, "numbers in a row; 0: by the power rule", least=0),
+    ),
+    bytes_formula="4 (N width + width D)",
+    num_bytes=_num_bytes,
+    create=_create,
+    sized_by="temperature",
+    spread=_spread,
+    check=_check,
+)

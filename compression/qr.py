@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compression.method import Knob, Making, Method
 from dlrm_xla.embeddings import EmbeddingTable, Part
-from dlrm_xla.specs import TableSpec
+from dlrm_xla.specs import TableSpec, UserError
 
 
 class QRTable(EmbeddingTable):
@@ -40,7 +41,7 @@ class QRTable(EmbeddingTable):
             return (ids / self.collisions).long(), torch.remainder(ids, self.collisions)
         return torch.div(ids, self.collisions, rounding_mode="floor"), torch.remainder(ids, self.collisions)
 
-    def combine(self, rows: tuple[Tensor, Tensor]) -> Tensor:
+    def combine(self, rows: tuple[Tensor, Tensor], ids: Tensor | None) -> Tensor:
         quotient, remainder = rows
         if self.operation == "concat":
             return torch.cat([quotient, remainder], dim=-1)
@@ -53,3 +54,36 @@ def starting_range(num_embeddings: int, operation: str, upstream_compat: bool) -
         return float(np.sqrt(1 / num_embeddings)), 1.0
     bound = {"mult": (3 / num_embeddings) ** 0.25, "add": math.sqrt(0.5 / num_embeddings), "concat": math.sqrt(1 / num_embeddings)}[operation]
     return -bound, bound
+
+
+def _check(spec: TableSpec, knobs: dict) -> None:
+    if knobs["operation"] == "concat" and spec.embedding_dim % 2:
+        raise UserError(f"qr:operation=concat: table {spec.name} has vectors of {spec.embedding_dim}, which has no half; use mult or add")
+    if knobs["collisions"] > spec.num_embeddings:
+        raise UserError(f"qr:collisions={knobs['collisions']}: table {spec.name} has {spec.num_embeddings} rows; use at most that")
+
+
+def _num_bytes(spec: TableSpec, knobs: dict) -> int:
+    width = spec.embedding_dim // 2 if knobs["operation"] == "concat" else spec.embedding_dim
+    return 4 * width * (math.ceil(spec.num_embeddings / knobs["collisions"]) + knobs["collisions"])
+
+
+def _create(spec: TableSpec, knobs: dict, making: Making) -> EmbeddingTable:
+    return QRTable(spec, knobs["operation"], knobs["collisions"], making.upstream_compat)
+
+
+METHOD = Method(
+    name="qr",
+    title="quotient and remainder of the id, a row of each (upstream's --qr-flag)",
+    paper="Shi et al., Compositional Embeddings Using Complementary Partitions, KDD 2020, arXiv:1909.02107",
+    knobs=(
+        Knob("operation", str, "mult", "how the two rows become one vector", choices=("mult", "add", "concat")),
+        Knob("collisions", int, 4, "rows of the remainder table", least=1),
+    ),
+    bytes_formula="4 D (ceil(N / collisions) + collisions); concat: half",
+    num_bytes=_num_bytes,
+    create=_create,
+    sized_by="collisions",
+    sized_most=lambda spec, knobs: max(1, math.isqrt(spec.num_embeddings)),
+    check=_check,
+)

@@ -1,41 +1,101 @@
-"""Which table stands behind a spec: the methods as data, and the one function that builds them."""
+"""The methods as data, and the one function that builds a model's tables by them."""
 
+import difflib
 from functools import partial
 
 import numpy as np
 
-from compression.mixed_dim import MixedDimTable, dimensions
-from compression.qr import QRTable
+from compression import int8_training, mixed_dim, qr
+from compression.method import PLAIN, Choice, Making, Method
+from compression.mixed_dim import dimensions
 from dlrm_xla.config import MethodConfig
 from dlrm_xla.embeddings import EmbeddingTable, PlainTable
 from dlrm_xla.init import fill_table
 from dlrm_xla.specs import TableSpec, UserError
 
-METHODS = {"qr": QRTable, "md": MixedDimTable}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        qr.METHOD, mixed_dim.METHOD, int8_training.METHOD,
+    )
+}  # fmt: skip
+
+
+def method_named(name: str) -> Method:
+    """UserError, with the names that there are, for another."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        meant = f"; do you mean {near[0]}?" if near else ""
+        raise UserError(f"{name!r} is no compression method{meant}; there are plain, {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def num_bytes(spec: TableSpec, choice: Choice) -> int:
+    """Of rows, dense parameters, codes, pointers and seeds; optimizer state apart."""
+    if choice.method == "plain":
+        return 4 * spec.num_embeddings * spec.embedding_dim
+    return METHODS[choice.method].num_bytes(spec, choice.knobs)
+
+
+def create_table(spec: TableSpec, choice: Choice, making: Making) -> EmbeddingTable:
+    """A table with starting values. UserError where the knobs do not go with it, or the method starts from a trained table."""
+    if choice.method == "plain":
+        return PlainTable(spec, partial(fill_table, rng=making.rng, replay_torch=making.replay_torch))
+    method = METHODS[choice.method]
+    if method.check is not None:
+        method.check(spec, choice.knobs)
+    if method.create is None:
+        trained = ", ".join(sorted(name for name, other in METHODS.items() if other.create is not None))
+        raise UserError(
+            f"{method.name}: is made from a trained table (python -m compression convert --method {method.name}) and cannot be trained from the "
+            f"start; methods that can are {trained}"
+        )
+    table = method.create(spec, choice.knobs, making)
+    table.made_by = choice
+    return table
 
 
 def create_tables(
-    specs: list[TableSpec], method: MethodConfig, rng: np.random.RandomState, replay_torch: bool, upstream_compat: bool
+    specs: list[TableSpec],
+    method: MethodConfig,
+    rng: np.random.RandomState,
+    replay_torch: bool,
+    upstream_compat: bool,
+    choices: list[Choice] | None = None,
+    counts: list[np.ndarray] | None = None,
 ) -> list[EmbeddingTable]:
     """A table for each spec, in order, drawing from `rng` and from torch's stream as upstream does.
 
     replay_torch: also make the torch draws that upstream makes and discards (dlrm_xla/init.py).
+    choices       of each table; None: by upstream's flags alone (choose.py knows the others)
+    counts        of each table how often training looks its ids up, where it is known
     """
+    if choices is None:
+        choices = upstream_choices(specs, method)
+    tables = []
+    for index, (spec, choice) in enumerate(zip(specs, choices, strict=True)):
+        making = Making(rng, None if counts is None else counts[index], replay_torch, upstream_compat)
+        tables.append(create_table(spec, choice, making))
+    return tables
+
+
+def upstream_choices(specs: list[TableSpec], method: MethodConfig) -> list[Choice]:
+    """By --qr-* or --md-*; plain without them."""
     widths = mixed_dimensions(specs, method) if method.kind == "md" else None
-    tables: list[EmbeddingTable] = []
+    choices = []
     for index, spec in enumerate(specs):
         if widths is not None:
-            tables.append(MixedDimTable(spec, widths[index], rng))
+            choices.append(Choice("md", {"temperature": method.md_temperature, "round_dims": method.md_round_dims, "width": widths[index]}))
         elif method.kind == "qr" and spec.num_embeddings > method.threshold:
-            tables.append(QRTable(spec, method.qr_operation, method.qr_collisions, upstream_compat))
+            choices.append(Choice("qr", {"operation": method.qr_operation, "collisions": method.qr_collisions}))
         elif method.kind == "qr" and method.qr_operation == "concat":
             raise UserError(
                 f"--qr-operation=concat: table {spec.name} has {spec.num_embeddings} rows, not more than --qr-threshold={method.threshold}, "
                 f"and would give vectors of half the length; use --qr-threshold={min(s.num_embeddings for s in specs) - 1} or another operation"
             )
         else:
-            tables.append(PlainTable(spec, partial(fill_table, rng=rng, replay_torch=replay_torch)))
-    return tables
+            choices.append(PLAIN)
+    return choices
 
 
 def mixed_dimensions(specs: list[TableSpec], method: MethodConfig) -> list[int]:
@@ -49,3 +109,24 @@ def mixed_dimensions(specs: list[TableSpec], method: MethodConfig) -> list[int]:
             "make that a power of two, or leave --md-round-dims out"
         )
     return widths
+
+
+def needs_counts(choices: list[Choice]) -> bool:
+    """Does making these tables depend on how often training looks ids up?"""
+    return any(choice.method != "plain" and METHODS[choice.method].needs_counts for choice in choices)
+
+
+def recorded(tables: list[dict]) -> list[Choice]:
+    """The choices that a checkpoint holds. UserError where this version does not know them."""
+    choices = []
+    for number, table in enumerate(tables):
+        if table["method"] == "plain":
+            choices.append(PLAIN)
+            continue
+        method = method_named(table["method"])
+        unknown = set(table["knobs"]) ^ {knob.name for knob in method.knobs}
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            raise UserError(f"--load-model: table {number} was made by {table['method']} of another version of dlrm_xla: knobs {names} differ")
+        choices.append(Choice(method.name, table["knobs"]))
+    return choices

@@ -67,6 +67,7 @@ class Checkpoint:
     exact: bool
     learning_rate: float | None = None
     flags: dict = field(default_factory=dict)
+    tables: list[dict] | None = None  # of each table the method that made it and its knobs; None: a file that does not say
 
 
 def check_writable(path: Path) -> None:
@@ -114,7 +115,7 @@ def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
         "nepochs": progress.num_epochs,
         "nbatches": progress.num_batches,
         "nbatches_test": progress.num_test_batches,
-        "state_dict": {name: _alone(weight) for name, weight, _ in parts},
+        "state_dict": {name: _alone(weight) for name, weight, _ in parts} | {name: _alone(buffer.cpu()) for name, buffer in kept(trainer)},
         "test_acc": progress.test_accuracy,
         "test_auc": progress.test_auc if progress.test_auc is not None else 0.0,
         "epoch": progress.epoch,
@@ -124,6 +125,9 @@ def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
         "opt_state_dict": _optimizer_state(trainer, parts),
         "dlrm_xla": {"version": 1, "progress": asdict(progress), "flags": flags},
     }
+    made_by = [table.made_by for table in trainer.tables.tables]
+    if any(made_by):
+        content["dlrm_xla"]["tables"] = [asdict(choice) if choice else {"method": "plain", "knobs": {}} for choice in made_by]
     beside = _beside(path)
     try:
         with open(beside, "wb") as file:
@@ -200,7 +204,15 @@ def _checkpoint(path: Path, content: dict) -> Checkpoint:
         exact=ours is not None,
         learning_rate=_group_rate(optimizer),
         flags=ours["flags"] if ours else {},
+        tables=_tables(ours.get("tables")) if ours else None,
     )
+
+
+def _tables(found) -> list[dict] | None:
+    """What a file says of its tables. Raises TypeError or KeyError where that is something else."""
+    if found is None:
+        return None
+    return [{"method": str(one["method"]), "knobs": dict(one["knobs"])} for one in found]
 
 
 def parameters(trainer: Trainer, buffers: list[dict[str, Tensor]] | None = None) -> list[tuple[str, Tensor, dict[str, Tensor]]]:
@@ -222,12 +234,26 @@ def parameters(trainer: Trainer, buffers: list[dict[str, Tensor]] | None = None)
     for table, segments in zip(tables.tables, tables.segments, strict=True):
         for segment in segments:
             rows = slice(segment.start, segment.start + segment.num_rows)
-            fields = {key: value[rows] for key, value in stores[segment.store].items()}
-            listed.append((segment.name, fields.pop("weight"), fields))
+            whole, store = stores[segment.store], tables.stores[segment.store]
+            state = {key: whole[key][rows] for key in (*store.rule.record[1:], *store.rule.scalars)}
+            for suffix, values in store.saved(whole, rows).items():
+                listed.append((segment.name + suffix, values, {} if suffix else state))
         listed += [dense(f"{table.spec.name}.{name}", parameter) for name, parameter in table.named_parameters()]
     if tables.v_W_l is not None:
         listed += [dense(f"v_W_l.{index}", parameter) for index, parameter in enumerate(tables.v_W_l)]
     return listed + [dense(name, parameter) for name, parameter in trainer.model.named_parameters()]
+
+
+def kept(trainer: Trainer) -> list[tuple[str, Tensor]]:
+    """(name, the buffer itself) of what tables keep and do not train: codes, pointers, seeds of hashes; and the clocks of int8 stores."""
+    found = [(f"{table.spec.name}.{name}", buffer) for table in trainer.tables.tables for name, buffer in _persistent(table)]
+    clocks = [(index, store.clock) for index, store in enumerate(trainer.tables.stores) if hasattr(store, "clock")]
+    return found + [(f"int8_clock.{index}", clock) for index, clock in clocks]
+
+
+def _persistent(table) -> list[tuple[str, Tensor]]:
+    trained = {name for name, _ in table.named_parameters()}
+    return [(name, buffer) for name, buffer in table.state_dict(keep_vars=True).items() if name not in trained]
 
 
 @torch.no_grad()
@@ -240,12 +266,15 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, with_optimizer: bool, rese
     device = trainer.backend.device
     buffers = [store.on_host() for store in trainer.tables.stores]
     parts = parameters(trainer, buffers)
-    check_shapes(checkpoint, {name: tuple(weight.shape) for name, weight, _ in parts})
+    buffers_kept = kept(trainer)
+    check_shapes(checkpoint, {name: tuple(value.shape) for name, value in [*((name, weight) for name, weight, _ in parts), *buffers_kept]})
     states = _matched_states(trainer, checkpoint, parts) if with_optimizer and not reset_row_state else None
     for index, (name, weight, state) in enumerate(parts):
         weight.copy_(checkpoint.weights[name])
         for key, value in state.items() if states is not None else ():
             value.copy_(states[index][key])
+    for name, buffer in buffers_kept:
+        buffer.copy_(checkpoint.weights[name])
     if device.type == "cpu":
         return
     # `parts` were copies: send them back whole, store by store
@@ -292,7 +321,7 @@ def _explain(name: str, here: tuple[int, ...] | None, there: tuple[int, ...] | N
         table = ".".join(name.split(".")[:2])
         what = f"table {table} ({name}) is {shape(there)} in the checkpoint and {shape(here)} here"
         if here is None or there is None:
-            return f"{what}; --qr-flag, --md-flag and the number of tables must be those it was trained with"
+            return f"{what}; --qr-flag, --md-flag, --compress and the number of tables must be those it was trained with"
         if here[0] != there[0]:
             return f"{what}; --arch-embedding-size, or --max-ind-range and the data set, must be those it was trained with"
         return f"{what}; --arch-sparse-feature-size must be {there[1]}"

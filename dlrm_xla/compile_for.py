@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # backends.make_tracer chooses the device first
 # GiB that the compiler lets a program use on one chip: Y of its message "Used X of Y hbm", asked of libtpu 0.0.21 with a program too large
 USABLE_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 LEAST_BYTES = 1 << 20  # a smaller buffer is no table: copying it costs a microsecond, and its size says little about whose copy it is
-MEMORY = ("tables", "row state", "dense", "dense state", "batch and constants", "outputs", "temporaries", "code", "beside the program")
+MEMORY = ("tables", "row state", "codes", "dense", "dense state", "batch and constants", "outputs", "temporaries", "code", "beside the program")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     state = {}
     for index, store in enumerate(trainer.tables.stores):
         for name, buffer in store.named_buffers(recurse=False):
-            state[f"{'tables' if name == 'data' else 'row state'}:store{index}.{name}"] = buffer
+            state[f"{'tables' if name in ('data', 'scale', 'floats') else 'row state'}:store{index}.{name}"] = buffer
+    for table in trainer.tables.tables:
+        trained = {name for name, _ in table.named_parameters()}
+        kept = table.state_dict(keep_vars=True)
+        state |= {f"codes:{table.spec.name}.{name}": buffer for name, buffer in kept.items() if name not in trained}
     names = {id(parameter): name for module in (trainer.model, trainer.tables) for name, parameter in module.named_parameters()}
     for parameter, parts in zip(trainer.dense.parameters, trainer.dense.state, strict=True):
         state[f"dense:{names[id(parameter)]}"] = parameter

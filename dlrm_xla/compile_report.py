@@ -18,7 +18,8 @@ LINE_BYTES = 4 * LANES  # the least of a float32 table that a TPU's memory hands
 SHARE_BYTES = 100e6  # temporaries are compared with tables from this size on: beside smaller ones a batch is large, whatever the program does
 MOVES = 3  # of a row in a training step: read to look it up, read and written to update it
 WORDS = {
-    "tables": "tables", "row state": "optimizer state of rows", "dense": "dense parameters", "dense state": "optimizer state of dense",
+    "tables": "tables", "row state": "optimizer state of rows", "codes": "codes, pointers, seeds", "dense": "dense parameters",
+    "dense state": "optimizer state of dense",
     "batch and constants": "batch and constants", "outputs": "outputs not in place", "temporaries": "temporaries", "code": "code",
     "beside the program": "on the chip, not used",
 }  # fmt: skip

@@ -25,14 +25,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Upstream's two compression flags."""
+    """Upstream's two compression flags, and --compress*."""
 
-    kind: str | None  # None | "qr" | "md"
+    kind: str | None  # None | "qr" | "md" | "compress"
     threshold: int  # for tables with more rows
     qr_operation: str
     qr_collisions: int
     md_temperature: float
     md_round_dims: bool
+    compress: str = ""  # "tt:rank=16"
+    compress_file: str = ""
+    compress_to: str = ""  # "100x" | "5MB"
 
 
 @dataclass(frozen=True)
@@ -159,9 +162,10 @@ class Config:
                 args.matmul_precision,
             ),
             method=MethodConfig(
-                "qr" if args.qr_flag else "md" if args.md_flag else None,
-                args.md_threshold if args.md_flag and not args.qr_flag else args.qr_threshold,
+                "qr" if args.qr_flag else "md" if args.md_flag else "compress" if args.compress or args.compress_config else None,
+                args.qr_threshold if args.qr_flag else args.md_threshold if args.md_flag else args.compress_threshold,
                 args.qr_operation, args.qr_collisions, args.md_temperature, args.md_round_dims,
+                args.compress, args.compress_config, args.compress_to,
             ),
             loss=LossConfig(args.loss_function, tuple(map(float, args.loss_weights.split("-"))), args.loss_threshold),
             data=DataConfig(

@@ -6,6 +6,7 @@ Everything that is not the two functions (gathering, pooling, fusing tables into
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +14,12 @@ from dlrm_xla.batch import slot_starts
 from dlrm_xla.layouts import Layout
 from dlrm_xla.ops.bags import Bags, join, pack
 from dlrm_xla.ops.pool import pool
+from dlrm_xla.quantized_store import QuantizedStore
 from dlrm_xla.specs import TableSpec, size_text
 from dlrm_xla.stores import RowStore
+
+STORES = {"float32": RowStore, "int8": QuantizedStore}
+LARGE_BUFFER = 1 << 16  # numbers
 
 
 @dataclass(frozen=True)
@@ -23,22 +28,31 @@ class Part:
 
     fill(rows): writes the starting values into that view, in place and a piece at a time, so that a large table needs its memory once.
     Parts are filled table by table, in order: what a fill draws comes after what the fills before it drew.
+    codec: "float32", or "int8": a scale for each row and stochastic rounding of its updates (quantized_store.py)
     """
 
     num_rows: int
     width: int
     fill: Callable[[Tensor], None]
+    codec: str = "float32"
 
 
 class EmbeddingTable(nn.Module):
-    """A table, plain or compressed. Subclasses give `parts` and the two functions; parameters they register are trained as dense ones.
+    """A table, plain or compressed. Subclasses give `parts` and the two functions; parameters they register are trained as dense ones, and
+    persistent buffers (codes, pointers, seeds of hashes) are kept as they are, in checkpoints too.
 
     parts               the rows that it keeps in stores, by upstream's name: {"weight": Part(V, d, fill)}
     pools_before_combine  True where the rows of a bag are pooled before `combine` sees them, which is the same for a linear combine; an id
                           then reads one row of each part
+    resets_state        True where `reorganize` makes what the optimizer has gathered about the rows meaningless: it starts at zero again
+    observes            True where `observe` wants to see the ids of training
+    made_by             what was chosen for it, for checkpoints and reports
     """
 
     pools_before_combine = False
+    resets_state = False
+    observes = False
+    made_by = None  # compression.method.Choice; None: one row for each id
 
     def __init__(self, spec: TableSpec, parts: dict[str, Part]):
         super().__init__()
@@ -48,9 +62,20 @@ class EmbeddingTable(nn.Module):
         """[...] int64 -> one [..., K_s] or [...] for each part: which rows an id reads."""
         raise NotImplementedError
 
-    def combine(self, rows: tuple[Tensor, ...]) -> Tensor:
-        """One [..., d_s] for each part -> [..., D]."""
+    def combine(self, rows: tuple[Tensor, ...], ids: Tensor | None) -> Tensor:
+        """One [..., K_s x d_s] for each part, an id's rows side by side -> [..., D]. ids: [...] as in row_ids, None where pools_before_combine."""
         raise NotImplementedError
+
+    def fill_buffers(self) -> None:
+        """Writes what the buffers hold at the start, where that is work: called before the parts are filled, and not for a table of shapes only."""
+
+    def observe(self, ids: np.ndarray) -> None:
+        """ids [n] of a batch of training that count, in the host's memory."""
+
+    def reorganize(self, parts: dict[str, Tensor], epoch: int) -> bool:
+        """After epoch number `epoch` (0 is the first): may change its rows, views in the host's memory by the names of `parts`, and its buffers,
+        in place. True where it did."""
+        return False
 
 
 class PlainTable(EmbeddingTable):
@@ -64,7 +89,7 @@ class PlainTable(EmbeddingTable):
     def row_ids(self, ids):
         return (ids,)
 
-    def combine(self, rows):
+    def combine(self, rows, ids):
         return rows[0]
 
 
@@ -127,13 +152,19 @@ class EmbeddingCollection(nn.Module):
         super().__init__()
         self.tables, self.rule, self.layout = nn.ModuleList(tables), rule, layout
         self.hotness = tuple(table.spec.hotness for table in tables)
+        starts = slot_starts(self.hotness)
+        self.slots = starts[:-1], starts[1:]  # of each table, for the host
         self.segments, sizes = _segments(tables)
-        self.stores = nn.ModuleList(RowStore(num_rows, width, rule, layout, device) for width, num_rows in sizes.items())
-        if device != "meta":
-            weights = [store.weight() for store in self.stores]
+        self.stores = nn.ModuleList(STORES[codec](num_rows, width, rule, layout, device) for (width, codec), num_rows in sizes.items())
+        self.part_names = [tuple(table.parts) for table in tables]
+        if device == "meta":
+            for table in tables:
+                _to_meta(table)
+        else:
             for table, segments in zip(tables, self.segments, strict=True):
+                table.fill_buffers()
                 for segment, part in zip(segments, table.parts.values(), strict=True):
-                    part.fill(weights[segment.store][segment.start : segment.start + segment.num_rows])
+                    self.stores[segment.store].fill(segment.start, segment.num_rows, part.fill)
                 table.parts = {}  # what fills hold on to may go
         # upstream's "fixed" weights are ones: the plain sum
         learned = weighted_pooling == "learned"
@@ -169,13 +200,14 @@ class EmbeddingCollection(nn.Module):
             parts = tuple(collector.values(place, batch, len(run.tables)) for collector, place in run_places)
             table = self.tables[run.tables[0]]
             if self._reads_bags(run, bag_weights):
-                pooled.append(table.combine(parts))
+                pooled.append(table.combine(parts, None))
                 continue
             vectors = tuple(part.reshape(batch, len(run.tables), run.hotness, -1) for part in parts)
             if table.pools_before_combine:
-                pooled.append(table.combine(tuple(pool(vector, bag_weights) for vector in vectors)))
+                pooled.append(table.combine(tuple(pool(vector, bag_weights) for vector in vectors), None))
             else:
-                pooled.append(pool(table.combine(vectors), bag_weights))
+                of_run = ids[:, run.first : run.last].view(batch, len(run.tables), run.hotness)
+                pooled.append(pool(table.combine(vectors, of_run), bag_weights))
         return Lookup(pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1), slot_reads, bag_reads)
 
     def update(self, lookups: list[Lookup], neg_lr: Tensor, scale: float = 1.0) -> None:
@@ -201,13 +233,56 @@ class EmbeddingCollection(nn.Module):
         """Bytes and layout, for people."""
         buffers = [(store, name, buffer) for store in self.stores for name, buffer in store.named_buffers()]
         numbers = [store.numbers(name) for store, name, _ in buffers if name != "scratch"]
-        weights, state = (4 * sum(kind) for kind in zip(*numbers, strict=True))
+        weights, state = (4 * sum(kind) for kind in zip(*numbers, strict=True)) if numbers else (0, 0)
         rest = sum(buffer.nelement() * buffer.element_size() for _, _, buffer in buffers) - weights - state
+        others = [value for table in self.tables for value in table.state_dict().values()]
+        weights += sum(value.nelement() * value.element_size() for value in others)
         return (
-            f"{sum(len(segments) for segments in self.segments)} in {len(self.stores)} store{'s' if len(self.stores) > 1 else ''}, "
+            f"{sum(len(segments) for segments in self.segments)} in {len(self.stores)} store{'s' if len(self.stores) != 1 else ''}, "
             f"{size_text(weights)} of weights and {size_text(state)} of optimizer state"
             f"{f', {size_text(rest)} of scratch and padding' if rest else ''}, layout {self.layout.name}"
         )
+
+    @torch.no_grad()
+    def materialize(self, table: int, ids: Tensor) -> Tensor:
+        """ids [n] -> [n, D] float32: the vectors that one table has for them, on the device; no bag, no weight."""
+        ids = ids.to(self.layout.index_dtype)
+        segments, method = self.segments[table], self.tables[table]
+        rows = tuple(
+            store.weights(store.read((rows + segment.start).reshape(-1))).reshape(ids.shape[0], -1)
+            for segment, store, rows in zip(segments, [self.stores[s.store] for s in segments], method.row_ids(ids), strict=True)
+        )
+        return method.combine(rows, ids)
+
+    def observe(self, ids: np.ndarray, weights: np.ndarray | None) -> None:
+        """A batch of training in the host's memory, ids [n, S] and weights [n, S] or None, for the tables that want to see it."""
+        for table, first, last in zip(self.tables, *self.slots, strict=True):
+            if table.observes:
+                seen = ids[:, first:last]
+                table.observe(seen.reshape(-1) if weights is None else seen[weights[:, first:last] != 0])
+
+    @torch.no_grad()
+    def reorganize(self, epoch: int) -> bool:
+        """After an epoch: tables that cluster or cache anew do so. True where something changed, and with it the meaning of rows."""
+        wanted = [type(table).reorganize is not EmbeddingTable.reorganize for table in self.tables]
+        if not any(wanted):
+            return False
+        buffers = [store.on_host() for store in self.stores]
+        fields = [store.fields(of_store) for store, of_store in zip(self.stores, buffers, strict=True)]
+        changed = False
+        for table, segments, names, wants in zip(self.tables, self.segments, self.part_names, wanted, strict=True):
+            if not wants:
+                continue
+            own = [{key: field[s.start : s.start + s.num_rows] for key, field in fields[s.store].items()} for s in segments]
+            if table.reorganize({name: part["weight"] for name, part in zip(names, own, strict=True)}, epoch):
+                changed = True
+                for key, value in ((key, value) for part in own for key, value in part.items()):
+                    if key != "weight" and table.resets_state:
+                        value.zero_()
+        if changed:
+            for store, of_store in zip(self.stores, buffers, strict=True):
+                store.load(of_store)
+        return changed
 
     def part_rows(self, segment: Segment) -> Tensor:
         """[num_rows, d] float32: the rows of one part, in the host's memory; on a CPU a view."""
@@ -294,18 +369,27 @@ class _Bags:
         return self.sums.narrow(0, *place).view(batch, tables, -1)
 
 
-def _segments(tables: list[EmbeddingTable]) -> tuple[list[tuple[Segment, ...]], dict[int, int]]:
-    """Where every part of every table lies, and the stores: width -> number of rows, in the order of their numbers."""
-    sizes: dict[int, int] = {}
+def _segments(tables: list[EmbeddingTable]) -> tuple[list[tuple[Segment, ...]], dict[tuple[int, str], int]]:
+    """Where every part of every table lies, and the stores: (width, codec) -> number of rows, in the order of their numbers."""
+    sizes: dict[tuple[int, str], int] = {}
     segments = []
     for table in tables:
         of_table = []
         for name, part in table.parts.items():
-            start = sizes.setdefault(part.width, 0)
-            of_table.append(Segment(f"{table.spec.name}.{name}", list(sizes).index(part.width), start, part.num_rows))
-            sizes[part.width] = start + part.num_rows
+            kind = (part.width, part.codec)
+            start = sizes.setdefault(kind, 0)
+            of_table.append(Segment(f"{table.spec.name}.{name}", list(sizes).index(kind), start, part.num_rows))
+            sizes[kind] = start + part.num_rows
         segments.append(tuple(of_table))
     return segments, sizes
+
+
+def _to_meta(table: EmbeddingTable) -> None:
+    """Large buffers become shapes: whoever traces a step puts placeholders there."""
+    for module in table.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.nelement() > LARGE_BUFFER:
+                setattr(module, name, buffer.to("meta"))
 
 
 def _runs(tables: list[EmbeddingTable], learned: bool) -> list[_Run]:

@@ -117,7 +117,7 @@ class PackedLayout:
             return buffer.index_select(0, self._lines(rows, region, stride)).view(rows.shape[0], stride)[:, : region.width]
         line, mine = self._place(rows, region, stride)
         slots = buffer.index_select(0, line).view(-1, LANES // stride, stride)
-        values = torch.where(mine, slots, 0.0).sum(1)  # [K, stride]
+        values = torch.where(mine, slots, 0).sum(1, dtype=slots.dtype)  # [K, stride]; a field may be of int32
         return values[:, : region.width] if region.width else values.squeeze(1)
 
     def add(self, buffer: Tensor, region: Region, rows: Tensor, values: Tensor) -> None:
@@ -129,7 +129,7 @@ class PackedLayout:
             self.add_rows(buffer, self._lines(rows, region, stride), values.reshape(-1, LANES))
             return
         line, mine = self._place(rows, region, stride)
-        self.add_rows(buffer, line, torch.where(mine, values[:, None, :], 0.0).view(-1, LANES))
+        self.add_rows(buffer, line, torch.where(mine, values[:, None, :], 0).view(-1, LANES))
 
     def as_rows(self, buffer: Tensor, region: Region, num_rows: int) -> Tensor:
         lines = buffer[region.start : region.start + packed_lines(num_rows, region.width)]

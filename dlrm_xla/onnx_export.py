@@ -70,8 +70,8 @@ class BagTable(nn.Module):
         bags = bag_numbers(offsets, ids.shape[0])
         vectors = [self.read(name, rows) for name, rows in zip(self.names, self.table.row_ids(ids), strict=True)]
         if self.pools_first:
-            return self.table.combine(tuple(self.pool(vector, ids, bags, offsets) for vector in vectors))
-        return self.pool(self.table.combine(tuple(vectors)), ids, bags, offsets)
+            return self.table.combine(tuple(self.pool(vector, ids, bags, offsets) for vector in vectors), None)
+        return self.pool(self.table.combine(tuple(vectors), ids), ids, bags, offsets)
 
     def read(self, name: str, rows: Tensor) -> Tensor:
         """rows [K] or [K, k] of a part -> [K, d] or [K, k d]."""

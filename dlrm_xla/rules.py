@@ -76,7 +76,7 @@ def check_numbers(args) -> None:
         ("mini-batch-size", 1), ("data-size", 1), ("nepochs", 0), ("print-freq", 1), ("num-indices-per-lookup", 1), ("num-workers", 0),
         ("num-batches", 0), ("qr-collisions", 1), ("mlperf-grad-accum-iter", 1), ("lr-num-warmup-steps", 0), ("lr-decay-start-step", 0),
         ("lr-num-decay-steps", 0), ("save-every", 0), ("min-frequency", 0), ("arch-sparse-feature-size", 1), ("print-precision", 0),
-        ("numpy-rand-seed", 0),
+        ("numpy-rand-seed", 0), ("compress-threshold", 0),
     )  # fmt: skip
     for name, least in at_least:
         value = getattr(args, name.replace("-", "_"))
@@ -141,6 +141,7 @@ def check_architecture(args, bottom, top) -> None:
     """Shapes that must agree, and methods that exclude each other."""
     dim, last = args.arch_sparse_feature_size, bottom[-1]
     concat = args.qr_flag and args.qr_operation == "concat"
+    compress = bool(args.compress or args.compress_config)
     weights = [float(weight) for weight in args.loss_weights.split("-")]
     rows = ints(args.arch_embedding_size)
     slots = sum(args.num_indices_per_lookup if args.num_indices_per_lookup_fixed else min(n, args.num_indices_per_lookup) for n in rows)
@@ -181,6 +182,20 @@ def check_architecture(args, bottom, top) -> None:
         (args.qr_flag and args.md_flag, "--qr-flag and --md-flag: a table can be compressed by one of them only"),
         (bool(args.weighted_pooling) and args.qr_flag, "--weighted-pooling with --qr-flag is not supported; leave one of them out"),
         (bool(args.weighted_pooling) and args.md_flag, "--weighted-pooling with --md-flag is not supported; leave one of them out"),
+        (
+            compress and (args.qr_flag or args.md_flag),
+            "--compress and --compress-config do not go with --qr-flag and --md-flag; name those methods in them, as --compress=qr:collisions=4",
+        ),
+        (
+            args.compress_to != "" and not compress,
+            f"--compress-to={args.compress_to}: needs a method to size, --compress=METHOD or --compress-config=FILE",
+        ),
+        (compress and bool(args.weighted_pooling), "--weighted-pooling with --compress is not supported; leave one of them out"),
+        (
+            args.quantize_emb_with_bit != 32 and compress,
+            f"--quantize-emb-with-bit={args.quantize_emb_with_bit} with --compress is not supported; convert the trained tables with "
+            "python -m compression convert --method int8",
+        ),
         (
             args.loss_function == "wbce" and len(weights) != 2,
             f"--loss-weights={args.loss_weights}: wbce needs two, of label 0 and of label 1",

@@ -96,6 +96,7 @@ class Session:
                 if batch is None:
                     break
                 self.meter.arrived()
+                trainer.observe(batch)
                 trainer.step(trainer.backend.to_device(batch), index, last_of_epoch=index + 1 == num_batches)
                 self.meter.finished(batch.num_valid)
                 done = progress.batch = index + 1
@@ -116,6 +117,8 @@ class Session:
         finally:
             batches.close()
         trainer.meter.check()
+        if progress.batch == num_batches and epoch + 1 < self.config.train.num_epochs:
+            trainer.reorganize(epoch)
         if output.xla_metrics:
             self.console.line(trainer.backend.metrics_report())
 

@@ -7,6 +7,8 @@ addition. Apart, XLA copies both tables in every step (of three forms tried, non
 faster in eager PyTorch. One number a row (`scalars`) and the scratch for duplicates have buffers of their own.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -125,6 +127,14 @@ class RowStore(nn.Module):
         whole = {name: self.layout.as_rows(buffers[region.buffer], region, self.num_rows) for name, region in self.regions.items()}
         records = whole.pop("data")
         return {name: records[:, i * self.width : (i + 1) * self.width] for i, name in enumerate(self.rule.record)} | whole
+
+    def fill(self, start: int, num_rows: int, fill: Callable[[Tensor], None]) -> None:
+        """Starting values of rows [start, start + num_rows), written by `fill` into a view of them. While the store is in the host's memory."""
+        fill(self.weight()[start : start + num_rows])
+
+    def saved(self, fields: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """What a checkpoint keeps of some rows beside the optimizer's state, by what it appends to the part's name: views of `fields`."""
+        return {"": fields["weight"][rows]}
 
     def weight(self) -> Tensor:
         """[V, d] float32 in the host's memory; on a CPU a view."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dlrm_xla.backends.base import Backend, StepBatch
+from dlrm_xla.batch import Batch
 from dlrm_xla.config import Config
 from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.losses import make_loss
@@ -87,6 +88,7 @@ class Trainer:
         self.first_rate: float | None = None  # upstream's first update after resuming: the checkpoint's rate, then the course from step 2
         self._rate: float | None = None
         self._neg_lr: Tensor | None = None
+        self._observed = any(table.observes for table in tables.tables)
         self._pending: list = []  # lookups of batches that wait for their common step
         backend.end_step()  # the optimizers' zeros become data; as constants they would make the first step another program
 
@@ -133,6 +135,18 @@ class Trainer:
         self.tables.update(self._pending, neg_lr, scale)
         self.dense.step(neg_lr, scale)
         self._pending = []
+
+    def observe(self, batch: Batch) -> None:
+        """A batch in the host's memory, before it is trained on, for the tables that count ids."""
+        if self._observed:
+            rows = slice(batch.num_valid)
+            self.tables.observe(batch.ids[rows].numpy(), None if batch.weights is None else batch.weights[rows].numpy())
+
+    def reorganize(self, epoch: int) -> None:
+        """Between epochs: tables that cluster or cache anew do so."""
+        self.backend.end_step()
+        if self.tables.reorganize(epoch):
+            self.backend.end_step()
 
     def next_rate(self) -> float:
         """The learning rate of the next update."""

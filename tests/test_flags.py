@@ -16,7 +16,8 @@ SWITCHES = [flag["name"] for flag in SNAPSHOT if flag["kind"] in ("bool", "store
 PORT = {"--use-tpu": False, "--tpu-cores": 1, "--drop-last": False, "--tpu-metrics-debug": False}
 OURS = {
     "--device": "auto", "--log-dir": "", "--config": "", "--save-every": 0, "--table-layout": "auto", "--compile-for": None, "--json": "",
-    "--matmul-precision": "float32", "--schema": "", "--preprocess-memory": "4GB", "--min-frequency": 0, "--vocabulary": "",
+    "--matmul-precision": "float32", "--compress": "", "--compress-threshold": 200, "--compress-config": "",
+    "--compress-to": "", "--schema": "", "--preprocess-memory": "4GB", "--min-frequency": 0, "--vocabulary": "",
     "--multi-hot-sizes": "", "--multi-hot-distribution": "uniform", "--upstream-compat": False,
 }  # fmt: skip
 # one value of each kind that the flag's default is not, and what it is read as

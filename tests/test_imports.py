@@ -12,13 +12,13 @@ from conftest import ROOT
 LEVELS = (
     {"specs", "flags", "config", "rules", "batch"},
     {"ops", "layouts", "backends", "metrics", "console", "mlperf", "tracking", "summary", "hlo", "tpu_compiler"},
-    {"embeddings", "stores", "optim", "losses", "init"},
+    {"embeddings", "stores", "quantized_store", "optim", "losses", "init"},
     {"models"},
     {"train", "evaluate", "checkpoint"},
     {"session", "debug", "profile", "onnx_export", "quantize", "compile_for", "compile_report"},
 )
 CONTRACTS = {"flags", "config", "specs", "batch"}
-COMPRESSION_MAY = CONTRACTS | {"embeddings", "layouts", "stores", "init", "optim"}
+COMPRESSION_MAY = CONTRACTS | {"ops", "embeddings", "layouts", "stores", "init", "optim"}
 FILES = sorted(path for folder in ("dlrm_xla", "data_loaders", "compression") for path in (ROOT / folder).rglob("*.py"))
 OUR_PACKAGES = ("dlrm_xla", "data_loaders", "compression", "run_dlrm", "benchmarks", "tests")
 
