@@ -116,7 +116,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
                 f"--compress={config.method.compress}: goes by how often training looks ids up, which random data does not tell; use a data set"
             )
         counts = count_ids(data.train, specs)
-    trainer = build(config, specs, rng, backend, choices=choices, counts=counts)
+    trainer = build(config, specs, rng, backend, choices=choices, counts=counts, to_load=loaded is not None)
     if any(choice.method != "plain" for choice in choices):
         console.note(f"compressed: {ratio_text(specs, choices)}")
     console.note(f"tables: {trainer.tables.describe()}{', the choice of --table-layout=auto' if config.table_layout == 'auto' else ''}")
@@ -188,10 +188,10 @@ def table_specs(config: Config, data) -> list[TableSpec]:
     ]
 
 
-def build(config: Config, specs: list[TableSpec], rng, backend, device: str = "cpu", choices=None, counts=None):
+def build(config: Config, specs: list[TableSpec], rng, backend, device: str = "cpu", choices=None, counts=None, to_load=False):
     """The trainer. Tables 0..T-1, bottom MLP, top MLP, as upstream draws them; device "meta": tables without numbers, nothing drawn for them.
 
-    choices, counts: of compression.registry.create_tables
+    choices, counts, to_load: of compression.registry.create_tables
     """
     from compression.choose import choose
     from compression.registry import create_tables
@@ -202,7 +202,7 @@ def build(config: Config, specs: list[TableSpec], rng, backend, device: str = "c
 
     compat = config.upstream_compat
     replay_torch = config.method.kind in ("qr", "md") or (compat and (config.data.num_workers > 0 or config.data.bin_shuffle))
-    created = create_tables(specs, config.method, rng, replay_torch, compat, choices or choose(specs, config.method), counts)
+    created = create_tables(specs, config.method, rng, replay_torch, compat, choices or choose(specs, config.method), counts, to_load)
     layout = backend.layout(config.table_layout)
     tables = EmbeddingCollection(created, config.model.weighted_pooling, RULES[config.train.optimizer](), layout, device)
     model = DLRM(config.model, len(specs), config.loss.threshold, rng)
@@ -230,7 +230,7 @@ def compile_only(config: Config) -> int:
     data = open_dataset(config, rng, console.note)
     config = config.with_num_dense(data.num_dense)
     specs = table_specs(config, data)
-    trainer = build(config, specs, rng, tracer, device="meta")
+    trainer = build(config, specs, rng, tracer, device="meta", to_load=True)
     train = None if config.inference_only else next(data.train.batches())
     steps = compile_for.compile_steps(trainer, tracer, train, next(data.test.batches(), None), config.compile_for, console.note)
     if config.json_file:

@@ -58,6 +58,7 @@ class Method:
     title, paper   a line each
     bytes_formula  for people;  num_bytes: (spec, knobs) -> bytes of rows, dense parameters, codes, pointers and seeds, without optimizer state
     create         (spec, knobs, making) -> a table with starting values, to be trained; None: a trained table is needed
+    shell          (spec, knobs, making) -> a table whose values a checkpoint will bring; None: what `create` makes
     convert        (spec, knobs, weight [N, D] float32, making) -> Converted; None: there is none
     sized_by       the knob that a byte budget sets: bytes rise, or fall, all the way with it;  sized_most: its largest useful value for a table
     spread         (specs, knobs) -> knobs of each table, where they depend on all tables together; sized_by is then one number for all
@@ -75,6 +76,7 @@ class Method:
     bytes_formula: str
     num_bytes: Callable[[TableSpec, dict], int]
     create: Callable[[TableSpec, dict, Making], EmbeddingTable] | None = None
+    shell: Callable[[TableSpec, dict, Making], EmbeddingTable] | None = None
     convert: Callable[[TableSpec, dict, np.ndarray, Making], Converted] | None = None
     sized_by: str = ""
     sized_most: Callable[[TableSpec, dict], int] | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compression.method import Knob, Making, Method
 from dlrm_xla.embeddings import EmbeddingTable, Part
+from dlrm_xla.ops.integers import quotient
 from dlrm_xla.specs import TableSpec, UserError
 
 
@@ -39,7 +40,7 @@ class QRTable(EmbeddingTable):
     def row_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         if self.through_float:
             return (ids / self.collisions).long(), torch.remainder(ids, self.collisions)
-        return torch.div(ids, self.collisions, rounding_mode="floor"), torch.remainder(ids, self.collisions)
+        return quotient(ids, self.collisions), torch.fmod(ids, self.collisions)
 
     def combine(self, rows: tuple[Tensor, Tensor], ids: Tensor | None) -> Tensor:
         quotient, remainder = rows

@@ -5,7 +5,26 @@ from functools import partial
 
 import numpy as np
 
-from compression import int8_training, mixed_dim, qr
+from compression import (
+    cce,
+    compositional,
+    dhe,
+    double_hash,
+    hash_embeddings,
+    hashing,
+    hot_cold,
+    int8_training,
+    low_rank,
+    memcom,
+    mixed_dim,
+    pq,
+    qr,
+    random_projection,
+    robe,
+    rowwise,
+    svd,
+    tt,
+)
 from compression.method import PLAIN, Choice, Making, Method
 from compression.mixed_dim import dimensions
 from dlrm_xla.config import MethodConfig
@@ -16,7 +35,9 @@ from dlrm_xla.specs import TableSpec, UserError
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        qr.METHOD, mixed_dim.METHOD, int8_training.METHOD,
+        compositional.METHOD, dhe.METHOD, double_hash.METHOD, hash_embeddings.METHOD, hashing.METHOD, hot_cold.METHOD, int8_training.METHOD,
+        low_rank.METHOD, memcom.METHOD, mixed_dim.METHOD, qr.METHOD, random_projection.METHOD, robe.METHOD, tt.METHOD, tt.SVD_METHOD,
+        *svd.METHODS, *rowwise.METHODS, pq.METHOD, cce.METHOD,
     )
 }  # fmt: skip
 
@@ -37,20 +58,24 @@ def num_bytes(spec: TableSpec, choice: Choice) -> int:
     return METHODS[choice.method].num_bytes(spec, choice.knobs)
 
 
-def create_table(spec: TableSpec, choice: Choice, making: Making) -> EmbeddingTable:
-    """A table with starting values. UserError where the knobs do not go with it, or the method starts from a trained table."""
+def create_table(spec: TableSpec, choice: Choice, making: Making, to_load: bool = False) -> EmbeddingTable:
+    """A table with starting values. UserError where the knobs do not go with it, or the method starts from a trained table.
+
+    to_load: the values come from a checkpoint, so a method that needs a trained table will do.
+    """
     if choice.method == "plain":
         return PlainTable(spec, partial(fill_table, rng=making.rng, replay_torch=making.replay_torch))
     method = METHODS[choice.method]
     if method.check is not None:
         method.check(spec, choice.knobs)
-    if method.create is None:
+    make = method.shell if to_load and method.shell is not None else method.create
+    if make is None:
         trained = ", ".join(sorted(name for name, other in METHODS.items() if other.create is not None))
         raise UserError(
             f"{method.name}: is made from a trained table (python -m compression convert --method {method.name}) and cannot be trained from the "
             f"start; methods that can are {trained}"
         )
-    table = method.create(spec, choice.knobs, making)
+    table = make(spec, choice.knobs, making)
     table.made_by = choice
     return table
 
@@ -63,19 +88,21 @@ def create_tables(
     upstream_compat: bool,
     choices: list[Choice] | None = None,
     counts: list[np.ndarray] | None = None,
+    to_load: bool = False,
 ) -> list[EmbeddingTable]:
     """A table for each spec, in order, drawing from `rng` and from torch's stream as upstream does.
 
     replay_torch: also make the torch draws that upstream makes and discards (dlrm_xla/init.py).
     choices       of each table; None: by upstream's flags alone (choose.py knows the others)
     counts        of each table how often training looks its ids up, where it is known
+    to_load       the values come from a checkpoint
     """
     if choices is None:
         choices = upstream_choices(specs, method)
     tables = []
     for index, (spec, choice) in enumerate(zip(specs, choices, strict=True)):
         making = Making(rng, None if counts is None else counts[index], replay_torch, upstream_compat)
-        tables.append(create_table(spec, choice, making))
+        tables.append(create_table(spec, choice, making, to_load))
     return tables
 
 

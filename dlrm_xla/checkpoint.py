@@ -7,6 +7,8 @@ through by name), the file is written beside and put in place, and the key "dlrm
 import errno
 import glob
 import os
+import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dlrm_xla.config import Config
+from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.specs import UserError
 from dlrm_xla.train import NotFiniteLoss, Trainer
 
@@ -67,7 +70,8 @@ class Checkpoint:
     exact: bool
     learning_rate: float | None = None
     flags: dict = field(default_factory=dict)
-    tables: list[dict] | None = None  # of each table the method that made it and its knobs; None: a file that does not say
+    # of each table the method that made it, its knobs, ids ("rows") and length of a vector ("dim"); None: a file that does not say
+    tables: list[dict] | None = None
 
 
 def check_writable(path: Path) -> None:
@@ -111,23 +115,36 @@ def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
         # the loss looks finite until the next batch uses what an update has ruined
         if not all(limit.isfinite() for values in (weight, *state.values()) for limit in torch.aminmax(values)):
             raise NotFiniteLoss(progress.batch, f"after batch {{batch}} a number in {name}")
+    state_dict = {name: alone(weight) for name, weight, _ in parts} | {name: alone(buffer.cpu()) for name, buffer in kept(trainer.tables)}
+    tables = None
+    if any(table.made_by for table in trainer.tables.tables):
+        made_by = [asdict(table.made_by) if table.made_by else {"method": "plain", "knobs": {}} for table in trainer.tables.tables]
+        specs = [table.spec for table in trainer.tables.tables]
+        tables = [{**one, "rows": spec.num_embeddings, "dim": spec.embedding_dim} for one, spec in zip(made_by, specs, strict=True)]
+    write(Checkpoint(path, state_dict, _optimizer_state(trainer, parts), progress, exact=True, flags=flags, tables=tables))
+
+
+def write(checkpoint: Checkpoint) -> None:
+    """The file `checkpoint.path`, with upstream's keys and ours, whole or not at all. Every tensor is to be `alone`."""
+    path, progress = checkpoint.path, checkpoint.progress
     content = {
         "nepochs": progress.num_epochs,
         "nbatches": progress.num_batches,
         "nbatches_test": progress.num_test_batches,
-        "state_dict": {name: _alone(weight) for name, weight, _ in parts} | {name: _alone(buffer.cpu()) for name, buffer in kept(trainer)},
+        "state_dict": checkpoint.weights,
         "test_acc": progress.test_accuracy,
         "test_auc": progress.test_auc if progress.test_auc is not None else 0.0,
         "epoch": progress.epoch,
         "iter": progress.batch,
         "train_loss": progress.train_loss,
         "total_loss": 0.0,
-        "opt_state_dict": _optimizer_state(trainer, parts),
-        "dlrm_xla": {"version": 1, "progress": asdict(progress), "flags": flags},
+        "opt_state_dict": checkpoint.optimizer,
+        "dlrm_xla": {"version": 1, "progress": asdict(progress), "flags": checkpoint.flags},
     }
-    made_by = [table.made_by for table in trainer.tables.tables]
-    if any(made_by):
-        content["dlrm_xla"]["tables"] = [asdict(choice) if choice else {"method": "plain", "knobs": {}} for choice in made_by]
+    if checkpoint.tables is not None:
+        content["dlrm_xla"]["tables"] = checkpoint.tables
+    if not checkpoint.exact:
+        content["dlrm_xla"]["exact"] = False
     beside = _beside(path)
     try:
         with open(beside, "wb") as file:
@@ -147,19 +164,25 @@ def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
         raise UserError(f"--save-model={path}: cannot be written ({reason}); free some space or choose another place") from None
 
 
-def _alone(part: Tensor) -> Tensor:
+def alone(part: Tensor) -> Tensor:
     """The same numbers as a tensor of their own: torch.save writes all the memory that a view is cut from. Only a view with gaps is copied."""
     return torch.from_numpy(part.numpy()) if part.is_contiguous() and part.nelement() else part.clone()
 
 
-def read(path: Path) -> Checkpoint:
-    """Reads ours, upstream's, or the TPU port's file. UserError where it cannot be read or lacks something."""
+def read(path: Path, mapped: bool = False) -> Checkpoint:
+    """Reads ours, upstream's, or the TPU port's file. UserError where it cannot be read or lacks something.
+
+    mapped: tensors stay in the file until they are looked at (not in files of torch before 1.6, which cannot be mapped).
+    """
     flag = f"--load-model={path}"
     try:
         if not path.exists():
             raise FileNotFoundError(errno.ENOENT, "No such file or directory")
         with torch.serialization.safe_globals(_NUMPY_NUMBERS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = mapped and zipfile.is_zipfile(path)
+            if mapped and zipfile.ZipFile(path).testzip():  # a map is not checked otherwise
+                raise ValueError("its check sums are wrong")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         # a file that is cut off can send torch to a place before its beginning
         if error.errno == errno.EINVAL:
@@ -201,7 +224,7 @@ def _checkpoint(path: Path, content: dict) -> Checkpoint:
         weights={name.replace(".embtable.weight", ".weight"): tensor for name, tensor in weights.items()},
         optimizer=optimizer,
         progress=progress,
-        exact=ours is not None,
+        exact=ours is not None and bool(ours.get("exact", True)),
         learning_rate=_group_rate(optimizer),
         flags=ours["flags"] if ours else {},
         tables=_tables(ours.get("tables")) if ours else None,
@@ -212,7 +235,8 @@ def _tables(found) -> list[dict] | None:
     """What a file says of its tables. Raises TypeError or KeyError where that is something else."""
     if found is None:
         return None
-    return [{"method": str(one["method"]), "knobs": dict(one["knobs"])} for one in found]
+    sizes = ("rows", "dim")  # not in files of the first version
+    return [{"method": str(one["method"]), "knobs": dict(one["knobs"]), **{key: int(one[key]) for key in sizes if key in one}} for one in found]
 
 
 def parameters(trainer: Trainer, buffers: list[dict[str, Tensor]] | None = None) -> list[tuple[str, Tensor, dict[str, Tensor]]]:
@@ -221,16 +245,19 @@ def parameters(trainer: Trainer, buffers: list[dict[str, Tensor]] | None = None)
     On the CPU the tensors are views: writing to them writes to the model.
     buffers: of each store, as RowStore.on_host() gives them, for a caller that sends them back.
     """
-    tables, listed = trainer.tables, []
+    states = {id(parameter): state for parameter, state in zip(trainer.dense.parameters, trainer.dense.state, strict=True)}
+    listed = table_parameters(trainer.tables, lambda parameter: states.get(id(parameter), {}), buffers)
+    others = [(f"v_W_l.{index}", weights) for index, weights in enumerate(trainer.tables.v_W_l if trainer.tables.v_W_l is not None else ())]
+    return listed + [_dense(name, parameter, states.get(id(parameter), {})) for name, parameter in [*others, *trainer.model.named_parameters()]]
+
+
+def table_parameters(
+    tables: EmbeddingCollection, dense_state: Callable[[Tensor], dict[str, Tensor]], buffers: list[dict[str, Tensor]] | None = None
+) -> list[tuple[str, Tensor, dict[str, Tensor]]]:
+    """`parameters` of the tables alone. dense_state: what the optimizer keeps for a dense parameter."""
     if buffers is None:
         buffers = [store.on_host() for store in tables.stores]
-    stores = [store.fields(of_store) for store, of_store in zip(tables.stores, buffers, strict=True)]
-    dense_state = {id(parameter): state for parameter, state in zip(trainer.dense.parameters, trainer.dense.state, strict=True)}
-
-    def dense(name: str, parameter: Tensor) -> tuple[str, Tensor, dict[str, Tensor]]:
-        state = dense_state.get(id(parameter), {})
-        return name, parameter.detach().cpu(), {key: value.cpu() for key, value in state.items()}
-
+    stores, listed = [store.fields(of_store) for store, of_store in zip(tables.stores, buffers, strict=True)], []
     for table, segments in zip(tables.tables, tables.segments, strict=True):
         for segment in segments:
             rows = slice(segment.start, segment.start + segment.num_rows)
@@ -238,17 +265,18 @@ def parameters(trainer: Trainer, buffers: list[dict[str, Tensor]] | None = None)
             state = {key: whole[key][rows] for key in (*store.rule.record[1:], *store.rule.scalars)}
             for suffix, values in store.saved(whole, rows).items():
                 listed.append((segment.name + suffix, values, {} if suffix else state))
-        listed += [dense(f"{table.spec.name}.{name}", parameter) for name, parameter in table.named_parameters()]
-    if tables.v_W_l is not None:
-        listed += [dense(f"v_W_l.{index}", parameter) for index, parameter in enumerate(tables.v_W_l)]
-    return listed + [dense(name, parameter) for name, parameter in trainer.model.named_parameters()]
+        listed += [_dense(f"{table.spec.name}.{name}", parameter, dense_state(parameter)) for name, parameter in table.named_parameters()]
+    return listed
 
 
-def kept(trainer: Trainer) -> list[tuple[str, Tensor]]:
+def _dense(name: str, parameter: Tensor, state: dict[str, Tensor]) -> tuple[str, Tensor, dict[str, Tensor]]:
+    return name, parameter.detach().cpu(), {key: value.cpu() for key, value in state.items()}
+
+
+def kept(tables: EmbeddingCollection) -> list[tuple[str, Tensor]]:
     """(name, the buffer itself) of what tables keep and do not train: codes, pointers, seeds of hashes; and the clocks of int8 stores."""
-    found = [(f"{table.spec.name}.{name}", buffer) for table in trainer.tables.tables for name, buffer in _persistent(table)]
-    clocks = [(index, store.clock) for index, store in enumerate(trainer.tables.stores) if hasattr(store, "clock")]
-    return found + [(f"int8_clock.{index}", clock) for index, clock in clocks]
+    found = [(f"{table.spec.name}.{name}", buffer) for table in tables.tables for name, buffer in _persistent(table)]
+    return found + [(f"int8_clock.{store.width}", store.clock) for store in tables.stores if hasattr(store, "clock")]
 
 
 def _persistent(table) -> list[tuple[str, Tensor]]:
@@ -266,7 +294,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, with_optimizer: bool, rese
     device = trainer.backend.device
     buffers = [store.on_host() for store in trainer.tables.stores]
     parts = parameters(trainer, buffers)
-    buffers_kept = kept(trainer)
+    buffers_kept = kept(trainer.tables)
     check_shapes(checkpoint, {name: tuple(value.shape) for name, value in [*((name, weight) for name, weight, _ in parts), *buffers_kept]})
     states = _matched_states(trainer, checkpoint, parts) if with_optimizer and not reset_row_state else None
     for index, (name, weight, state) in enumerate(parts):
@@ -370,9 +398,9 @@ def _optimizer_state(trainer: Trainer, parts: list) -> dict:
     states = {}
     for index, state in ((order[name], state) for name, _, state in parts if name in order):
         if rule == "adagrad":
-            states[index] = {"step": torch.tensor(float(trainer.updates)), **{key: _alone(value) for key, value in state.items()}}
+            states[index] = {"step": torch.tensor(float(trainer.updates)), **{key: alone(value) for key, value in state.items()}}
         elif rule == "rwsadagrad":
-            states[index] = {"step": trainer.updates, **{key: _alone(value) for key, value in state.items()}}
+            states[index] = {"step": trainer.updates, **{key: alone(value) for key, value in state.items()}}
     if rule == "rwsadagrad":
         group = {"lr": rate, "lr_decay": 0.0, "eps": 1e-10, "weight_decay": 0.0, "initial_accumulator_value": 0.0}
     else:
@@ -381,14 +409,18 @@ def _optimizer_state(trainer: Trainer, parts: list) -> dict:
     return {"state": states, "param_groups": [{**group, "params": [order[name] for name in names]} for names in groups]}
 
 
+def optimizer_name(optimizer: dict) -> str:
+    """The --optimizer that a state was made by."""
+    keys = {key for state in optimizer.get("state", {}).values() for key in state}
+    return "rwsadagrad" if "momentum" in keys and "sum" in keys else "adagrad" if "sum" in keys else "sgd"
+
+
 def _matched_states(trainer: Trainer, checkpoint: Checkpoint, parts: list) -> list[dict[str, Tensor]]:
     """For each parameter its Adagrad sums from the checkpoint; zeros for one that it has none for. UserError for another optimizer's."""
     prefix = f"--load-model={checkpoint.path}"
     if checkpoint.optimizer is None:
         raise UserError(f"{prefix}: has no optimizer's state, so training cannot go on from it; use --inference-only")
-    saved = checkpoint.optimizer.get("state", {})
-    keys = {key for state in saved.values() for key in state}
-    made_by = "rwsadagrad" if "momentum" in keys and "sum" in keys else "adagrad" if "sum" in keys else "sgd"
+    saved, made_by = checkpoint.optimizer.get("state", {}), optimizer_name(checkpoint.optimizer)
     if made_by != trainer.rule.name:
         raise UserError(f"{prefix}: was trained with --optimizer={made_by}, and --optimizer={trainer.rule.name} cannot go on from its state")
     order = list(range(len(parts)))

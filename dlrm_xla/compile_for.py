@@ -119,15 +119,17 @@ def judge(step: "TracedStep", compiled: Compiled, stores: list[RowStore], sizes:
         if kind in ("tables", "row state"):
             layouts[short] = str(array)
             padding += array.padded_bytes - 4 * sum(_numbers(short, stores))
+        elif kind == "codes":
+            padding += array.padded_bytes - array.bytes
     padded = _by_kind({name: array.padded_bytes for name, array in arrays.items() if name}, stores)
     padded["batch and constants"] = compiled.arguments - sum(padded.values())
     padded["outputs"] = compiled.outputs - compiled.aliased
     padded["temporaries"], padded["code"] = compiled.temporaries, compiled.code
     padded["beside the program"] = sum(size for name, size in sizes.items() if name not in step.parameters)
-    buffers = [(sizes[name] // 4, sizes[name]) for name in sizes if name.startswith(("tables", "row state"))]
+    buffers = [(sizes[name] // 4, sizes[name]) for name in sizes if name.startswith(("tables", "row state", "codes"))]
     large = {elements for elements, size in buffers if size >= LEAST_BYTES}
     batch = max(array.elements for name, array in zip(step.parameters, types, strict=True) if not name) * LANES
-    limit = max(max(elements for elements, _ in buffers) // 4, 4 * batch, LEAST_BYTES // 4)
+    limit = max(max((elements for elements, _ in buffers), default=0) // 4, 4 * batch, LEAST_BYTES // 4)
     copies, moved = hlo.table_sized(compiled.text, large, limit)
     kept = hlo.donated(compiled.text)
     lost = [step.parameters[number].partition(":")[2] for number in step.donated if number not in kept]

@@ -52,6 +52,7 @@ class Compiled:
     temporaries: int = 0
     code: int = 0
     seconds: float = 0.0
+    traffic: int = 0  # bytes that all operations read and write, by the compiler's estimate; on-chip memory included
 
 
 def require(versions: dict[str, str] = VERSIONS) -> None:
@@ -172,10 +173,11 @@ def compile_one(program: dict, device, topology: str) -> dict:
     seconds = time.monotonic() - start
     Path(program["compiled"]).write_text(executable.hlo_modules()[0].to_string())
     memory = executable.get_compiled_memory_stats()
+    cost = executable.cost_analysis()
     return {
         "error": "", "arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes, "code": memory.generated_code_size_in_bytes,
-        "seconds": seconds,
+        "seconds": seconds, "traffic": int(cost["bytes accessed"]),
     }  # fmt: skip
 
 

@@ -130,9 +130,11 @@ class XlaTracer(XlaBackend):
         return super().place(module)
 
     def end_step(self) -> None:
-        """Runs what has been recorded, as ever; while a step is traced: takes it down."""
+        """Runs what has been recorded; while a step is traced: takes it down."""
         if self._names is None:
-            return super().end_step()
+            # not torch_xla.sync(): of a step that was traced before, it would meet values that only C++ still holds, and crash on a placeholder
+            torch_xla._XLAC._xla_sync_multi(_waiting_tensors(), devices=[], wait=True, sync_xla_data=True)
+            return
         outputs = _waiting_tensors()
         ids = torch_xla._XLAC._get_tensors_xla_device_data_node(outputs)[0]
         parameters = tuple(self._names.get(number, "") for number in ids)
@@ -149,7 +151,7 @@ class XlaTracer(XlaBackend):
 
         Afterwards what the step changed is a placeholder.
         """
-        super().end_step()  # whatever waits has a value now, and is no part of the step
+        self.end_step()  # whatever waits has a value now, and is no part of the step
         numbers = [torch_xla._XLAC._get_tensors_xla_device_data_node([tensor])[0][0] for tensor in state.values()]
         self._names, self._state = dict(zip(numbers, state, strict=True)), state
         try:
