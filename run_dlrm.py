@@ -48,8 +48,8 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     import numpy as np
     import torch
 
-    from compression.choose import choose, parse_wish, ratio_text
-    from compression.registry import mixed_dimensions, needs_counts, recorded
+    from compression.choose import choose, parse_wish, ratio_text, wants_counts
+    from compression.registry import mixed_dimensions, recorded
     from compression.traffic import count_ids
     from data_loaders.open import open_dataset
     from data_loaders.prefetch import read_ahead
@@ -105,17 +105,17 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
             torch.empty((), dtype=torch.int64).random_()  # upstream's loader draws a seed for each pass; QR and MD tables come after it
         debug.print_data(console.line, data.train, data.hotness)
     saved_choices = recorded(loaded.tables) if loaded is not None and loaded.tables else None
-    if saved_choices is not None and config.method.kind is None:
-        choices = saved_choices if len(saved_choices) == len(specs) else choose(specs, config.method)
-    else:
-        choices = choose(specs, config.method)
     counts = None
-    if loaded is None and needs_counts(choices):
+    if loaded is None and wants_counts(config.method):
         if not config.data.from_files:
             raise UserError(
                 f"--compress={config.method.compress}: goes by how often training looks ids up, which random data does not tell; use a data set"
             )
         counts = count_ids(data.train, specs)
+    if saved_choices is not None and len(saved_choices) == len(specs):
+        choices = saved_choices
+    else:
+        choices = choose(specs, config.method, counts)
     trainer = build(config, specs, rng, backend, choices=choices, counts=counts, to_load=loaded is not None)
     if any(choice.method != "plain" for choice in choices):
         console.note(f"compressed: {ratio_text(specs, choices)}")

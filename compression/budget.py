@@ -2,6 +2,8 @@
 
 import re
 
+import numpy as np
+
 from compression.method import PLAIN, Choice, Method
 from compression.registry import METHODS, num_bytes
 from dlrm_xla.config import MethodConfig
@@ -39,11 +41,16 @@ def with_spread(specs: list[TableSpec], choices: list[Choice]) -> list[Choice]:
     return choices
 
 
-def to_budget(specs: list[TableSpec], choices: list[Choice], budget: int, config: MethodConfig) -> list[Choice]:
+def to_budget(
+    specs: list[TableSpec], choices: list[Choice], budget: int, config: MethodConfig, counts: list[np.ndarray] | None = None
+) -> list[Choice]:
     """The same methods with their sizing knobs set so that all tables together take at most `budget` bytes, and nearly that.
 
-    Every table is given the same share of its plain size; what rounding leaves over goes to the tables one after the other, the largest
-    first. A table whose method would take more than the plain table stays plain.
+    No table is given more bytes than another while that one could still be larger; a method that goes by traffic is given the ids that are looked
+    up most, whichever table they are in. What rounding leaves over goes to the tables one after the other, the largest first. A table whose method
+    would take more than the plain table stays plain.
+
+    counts: of each table how often training looks its ids up, where it is known
     """
     flag = f"--compress-to={config.compress_to}"
     for choice in choices:
@@ -62,14 +69,16 @@ def to_budget(specs: list[TableSpec], choices: list[Choice], budget: int, config
             f"{size_text(least)} ({full / least:.3g}x), {size_text(fixed)} of that in tables of at most {config.threshold} rows, which stay plain; "
             "ask for less, take another method, or lower --compress-threshold"
         )
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2 if low else high / 2
-        fits = sum(ladder.bytes_at(ladder.step_within(middle * ladder.plain)) for ladder in ladders) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-        if high < 1e-12:
-            break
-    steps = [ladder.step_within(low * ladder.plain) for ladder in ladders]
+    if counts is not None and all(choice.method == "plain" or METHODS[choice.method].needs_counts for choice in choices):
+        levels = _ByTraffic(ladders, counts)
+    else:
+        levels = _ByBytes(ladders)
+    low, high = 0, levels.most
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = sum(ladder.bytes_at(step) for ladder, step in zip(ladders, levels.steps(middle), strict=True)) <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    steps = levels.steps(low)
     left = budget - sum(ladder.bytes_at(step) for ladder, step in zip(ladders, steps, strict=True))
     for index in sorted(range(len(ladders)), key=lambda i: -ladders[i].plain):
         ladder = ladders[index]
@@ -79,6 +88,31 @@ def to_budget(specs: list[TableSpec], choices: list[Choice], budget: int, config
             left -= ladder.bytes_at(better) - now
             steps[index] = better
     return [ladder.choice_at(step) for ladder, step in zip(ladders, steps, strict=True)]
+
+
+class _ByBytes:
+    """Levels of filling: no table above so many bytes. Small tables, whose ids are looked up often, stay whole while large ones are cut."""
+
+    def __init__(self, ladders: list["_Ladder"]):
+        self.ladders, self.most = ladders, max(ladder.plain for ladder in ladders)
+
+    def steps(self, level: int) -> list[int]:
+        return [ladder.step_within(level) for ladder in self.ladders]
+
+
+class _ByTraffic:
+    """Levels where a table's knob counts ids in the order of their traffic: the ids that training looks up most, whichever table they are in."""
+
+    def __init__(self, ladders: list["_Ladder"], counts: list[np.ndarray]):
+        self.ladders = ladders
+        tables = [index for index, ladder in enumerate(ladders) if ladder.choice.method != "plain"]
+        owners = np.repeat(tables, [len(counts[index]) for index in tables])
+        order = np.argsort(-np.concatenate([counts[index] for index in tables]), kind="stable")
+        self.owners, self.most = owners[order], len(order)
+
+    def steps(self, level: int) -> list[int]:
+        hot = np.bincount(self.owners[:level], minlength=len(self.ladders))
+        return [ladder.step_of(int(number)) for ladder, number in zip(self.ladders, hot, strict=True)]
 
 
 class _Ladder:
@@ -110,6 +144,12 @@ class _Ladder:
         if step not in self.seen:
             self.seen[step] = min(self._bytes_with(self.value_at(step)), self.plain)
         return self.seen[step]
+
+    def step_of(self, value: int) -> int:
+        """The step at which the knob has the value nearest to this one."""
+        if self.choice.method == "plain":
+            return 0
+        return min(max(self.ends[0] - value if self.falling else value - self.ends[0], 0), self.steps - 1)
 
     def step_within(self, num_bytes: float) -> int:
         """The largest step of at most so many bytes; the smallest of all where none is."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from compression.budget import parse_budget, to_budget, with_spread
@@ -68,6 +69,14 @@ def parse_wish(config: MethodConfig) -> Wish:
     if config.compress_to:
         parse_budget(config.compress_to, 1)
     return wish
+
+
+def wants_counts(config: MethodConfig) -> bool:
+    """Does a method that is asked for go by how often training looks ids up?"""
+    if config.kind != "compress":
+        return False
+    wish = parse_wish(config)
+    return any(asked.method != "plain" and METHODS[asked.method].needs_counts for asked in (wish.default, *wish.others.values()))
 
 
 def read_file(path: Path, threshold: int) -> Wish:
@@ -135,7 +144,7 @@ def _table_numbers(text: str, where: str) -> list[int]:
     return numbers
 
 
-def choose(specs: list[TableSpec], config: MethodConfig) -> list[Choice]:
+def choose(specs: list[TableSpec], config: MethodConfig, counts: list[np.ndarray] | None = None) -> list[Choice]:
     """The choice for each table. UserError where a method does not go with a table, or no knob meets the budget."""
     if config.kind != "compress":
         return upstream_choices(specs, config)
@@ -147,7 +156,7 @@ def choose(specs: list[TableSpec], config: MethodConfig) -> list[Choice]:
     choices = [one.choice() for one in asked]
     if config.compress_to:
         budget = parse_budget(config.compress_to, sum(num_bytes(spec, PLAIN) for spec in specs))
-        choices = to_budget(specs, choices, budget, config)
+        choices = to_budget(specs, choices, budget, config, counts)
     else:
         choices = with_spread(specs, choices)
     for spec, choice in zip(specs, choices, strict=True):

@@ -138,11 +138,6 @@ def mixed_dimensions(specs: list[TableSpec], method: MethodConfig) -> list[int]:
     return widths
 
 
-def needs_counts(choices: list[Choice]) -> bool:
-    """Does making these tables depend on how often training looks ids up?"""
-    return any(choice.method != "plain" and METHODS[choice.method].needs_counts for choice in choices)
-
-
 def recorded(tables: list[dict]) -> list[Choice]:
     """The choices that a checkpoint holds. UserError where this version does not know them."""
     choices = []

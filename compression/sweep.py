@@ -20,10 +20,11 @@ import numpy as np
 from tqdm import tqdm
 
 from compression import frontier, sweep_plan, sweep_time
-from compression.choose import choose
+from compression.choose import choose, wants_counts
 from compression.registry import num_bytes
 from compression.sweep_plan import PROTOCOL, RATIOS, Run
 from compression.sweep_run import ROOT, Sweep, read_json, write_json
+from compression.traffic import count_ids
 from data_loaders.command import ended
 from data_loaders.open import open_dataset
 from dlrm_xla import flags as run_flags
@@ -146,11 +147,16 @@ def open_tables(shared: Sweep, changes: tuple[str, ...]) -> tuple[object, list[T
     return opened, [TableSpec(f"emb_l.{index}", int(rows), width, hotness) for index, (rows, hotness) in pairs]
 
 
-def sizes_of(shared: Sweep, run: Run, specs: list[TableSpec], plain: int) -> dict:
-    """Bytes that all tables of a run take, small ones that stay plain included; {"error": ...} where no knob meets its budget."""
+def sizes_of(shared: Sweep, run: Run, opened, specs: list[TableSpec], plain: int, counts: dict) -> dict:
+    """Bytes that all tables of a run take, small ones that stay plain included; {"error": ...} where no knob meets its budget.
+
+    counts: of each choice of data, how often training looks ids up; filled in where a method wants to know
+    """
     config = Config.from_args(run_flags.parse(shared.argv(run)))
+    if wants_counts(config.method) and run.data not in counts:
+        counts[run.data] = count_ids(opened.train, specs)
     try:
-        choices = choose(specs, config.method)
+        choices = choose(specs, config.method, counts.get(run.data))
     except UserError as error:
         return {"error": str(error), "impossible": True}
     stored = sum(num_bytes(spec, choice) for spec, choice in zip(specs, choices, strict=True))
@@ -162,12 +168,13 @@ def run_all(shared: Sweep, runs: list[Run], data: dict, jobs: int) -> list[str]:
     """The keys of those that failed."""
     plain = sum(num_bytes(spec, choice) for spec, choice in zip(data[()][1], choose(data[()][1], plain_method(shared)), strict=True))
     waiting = [run for run in runs if not shared.is_done(run)]
-    failed = []
+    failed: list[str] = []
+    counts: dict = {}
     with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="runs", unit=" runs", disable=not sys.stderr.isatty()) as bar, terminable():
         for stage in (True, False):  # the others may start from the sources
             part = [run for run in waiting if (run.kind == "source") == stage]
             with ThreadPoolExecutor(jobs) as pool, ending(shared, pool):
-                doing = {pool.submit(shared.do, run, sizes_of(shared, run, data[run.data][1], plain)): run for run in part}
+                doing = {pool.submit(shared.do, run, sizes_of(shared, run, *data[run.data], plain, counts)): run for run in part}
                 for future in as_completed(doing):
                     found, run = future.result(), doing[future]
                     bar.update()

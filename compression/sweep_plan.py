@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from compression.choose import parse_asked
+from compression.method import Method
 from compression.registry import METHODS
 from dlrm_xla.specs import UserError
 
@@ -30,6 +31,8 @@ BASELINES = {
     "folded": f"ids modulo {', '.join(map(str, FOLDED))} (--max-ind-range)",
 }
 CONVERT = "convert:"
+# other forms of a method: narrow rows, and pointers or codes of which one for an id is left
+FORMS = {"hot_cold": ("width=4", "width=2"), "cce": ("chunks=1",), "pq": ("chunks=1",)}
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def parse_methods(text: str) -> list[str]:
         else:
             labels.append(piece)
     if not labels:
-        return [*BASELINES, *(name if method.create is not None else CONVERT + name for name, method in sorted(METHODS.items()))]
+        return [*BASELINES, *(label for name, method in sorted(METHODS.items()) for label in _labels(method))]
     for label in labels:
         if label in BASELINES:
             continue
@@ -97,6 +100,14 @@ def parse_methods(text: str) -> list[str]:
         if not converts and method.create is None:
             raise UserError(f"--methods: {label}: {method.name} is made from a trained table; write {CONVERT}{label}")
     return list(dict.fromkeys(["plain", *labels]))
+
+
+def _labels(method: Method) -> list[str]:
+    """How a sweep of everything has a method: conversions go by traffic, and some methods come in other forms too."""
+    name = method.name
+    if method.create is None:
+        name = CONVERT + name + (":weighted=true" if method.weighted else "")
+    return [name, *(f"{name}{',' if ':' in name.removeprefix(CONVERT) else ':'}{knobs}" for knobs in FORMS.get(method.name, ()))]
 
 
 def parse_ratios(text: str) -> list[str]:

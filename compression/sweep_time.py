@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from compression.choose import choose
+from compression.choose import choose, wants_counts
 from compression.method import Choice, Making
-from compression.registry import METHODS, create_table, needs_counts
+from compression.registry import METHODS, create_table
 from compression.sweep_plan import FIRST_SEED, Run
 from compression.sweep_run import Sweep, write_json
 from compression.traffic import count_ids
@@ -79,10 +79,10 @@ def one_round(trainer: Trainer, batches: list) -> tuple[float, float]:
 def trainer_of(shared: Sweep, run: Run, opened, specs: list[TableSpec], counts: dict) -> Trainer:
     """As run_dlrm.py makes it, but on the CPU always, and tables that are made from trained ones are made from random ones here."""
     config = Config.from_args(run_flags.parse(shared.argv(run))).with_num_dense(opened.num_dense)
-    choices = choose(specs, config.method)
-    rng, backend = np.random.RandomState(config.train.seed), backends.make("cpu")
-    if needs_counts(choices) and run.data not in counts:
+    if wants_counts(config.method) and run.data not in counts:
         counts[run.data] = count_ids(opened.train, specs)
+    choices = choose(specs, config.method, counts.get(run.data))
+    rng, backend = np.random.RandomState(config.train.seed), backends.make("cpu")
     known = counts.get(run.data, [None] * len(specs))
     tables = [_table(spec, choice, Making(rng, count)) for spec, choice, count in zip(specs, choices, known, strict=True)]
     rule = RULES[config.train.optimizer]()
