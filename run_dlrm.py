@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from dlrm_xla import backends, checkpoint, flags
+from dlrm_xla import backends, checkpoint, checkpoint_file, flags
 from dlrm_xla.config import Config
 from dlrm_xla.specs import TableSpec, UserError, one_line
 
@@ -49,6 +49,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     import torch
 
     from compression.choose import choose, parse_wish, ratio_text, wants_counts
+    from compression.ledger import LEDGER_FILE, write_ledger
     from compression.registry import mixed_dimensions, recorded
     from compression.traffic import count_ids
     from data_loaders.open import open_dataset
@@ -81,9 +82,9 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     console.line(backend.console)
     mlperf.init_stop()
     mlperf.run_start()
-    loaded = checkpoint.read(Path(output.load_model)) if output.load_model else None
+    loaded = checkpoint_file.read(Path(output.load_model)) if output.load_model else None
     if output.save_model:
-        checkpoint.check_writable(Path(output.save_model))
+        checkpoint_file.check_writable(Path(output.save_model))
     onnx_path = Path(onnx_export.FILE_NAME)
     if output.save_onnx:
         onnx_export.require(onnx_path)
@@ -118,7 +119,8 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
         choices = choose(specs, config.method, counts)
     trainer = build(config, specs, rng, backend, choices=choices, counts=counts, to_load=loaded is not None)
     if any(choice.method != "plain" for choice in choices):
-        console.note(f"compressed: {ratio_text(specs, choices)}")
+        console.note(f"compressed: {ratio_text(specs, choices)}; table by table in {Path(output.run_dir) / LEDGER_FILE}")
+        write_ledger(Path(output.run_dir), trainer)
     console.note(f"tables: {trainer.tables.describe()}{', the choice of --table-layout=auto' if config.table_layout == 'auto' else ''}")
     if output.save_onnx:
         onnx_export.check_size(trainer)
@@ -129,7 +131,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
         mlperf.samples(data.train.num_rows, data.test.num_rows)
 
     # a checkpoint's weights and position
-    progress = checkpoint.Progress()
+    progress = checkpoint_file.Progress()
     if loaded is not None:
         console.loading(output.load_model)
         progress = checkpoint.resume(trainer, loaded, config)

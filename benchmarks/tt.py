@@ -1,6 +1,6 @@
 """Tensor-train tables: the prefix form against the direct one, where one overtakes the other, hit rates of the cache of hot rows, and bytes.
 
-    python benchmarks/tt.py [--device xla] [--rounds 7] [--parts forms crossover init convert hits bytes] [--out FILE]
+    python benchmarks/tt.py [--device xla] [--rounds 7] [--parts forms crossover init convert hits bytes tpu] [--out FILE]
 
 forms       10,131,227 x 16 (Criteo Kaggle's largest table), rank 32, 65,536 lookups: direct and prefix take turns, forward alone and with gradients
             of all cores; bars 4x and 3.5x. `ratio` is of the same round, the median of all rounds, of process CPU time (wall time beside it).
@@ -10,11 +10,14 @@ init        standard deviation of the rebuilt table over a plain table's 1 / sqr
 convert     TT-SVD of 1,000,000 x 16: seconds and the bracket
 hits        share of lookups that find a cached row: a Zipf-1.2 trace over 1,000,000 ids, 0.1 % of them cached; counts of one epoch, hits of the next
 bytes       of the 26 tables of DLRM-DCNv2 (204,184,588 rows x 128), those above 10,000 rows as tensor trains, by rank
+tpu         what the TPU compiler makes of both forms at rank 32, with the sum written out and with a batched product (tt_forms.product): the bytes
+            that all operations read and write by its estimate, and temporaries. No TPU is needed. Not among the parts that run unasked: three minutes
 
 A block ends when the device has finished (on XLA checked first). The last line is JSON.
 """
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
@@ -24,12 +27,14 @@ import torch
 from embedding_contenders import check_barrier
 from report import finish, heading, median, say
 
-from compression.hot_cache import HotCache, most_frequent
+from compression import tt_forms
+from compression.hot_cache import HotCache
+from compression.hot_counts import most_frequent
 from compression.method import Making
 from compression.tt import METHOD, SVD_METHOD, TTTable, gaussian_cores, sum_of_squares
 from compression.tt_forms import choose, cost, forms
 from compression.tt_shapes import shape_of, split_dim
-from dlrm_xla import backends
+from dlrm_xla import backends, tpu_compiler
 from dlrm_xla.specs import TableSpec, size_text
 
 KAGGLE = 10_131_227
@@ -40,9 +45,9 @@ DCNV2 = (
 )  # fmt: skip
 SWEEP = [
     (rows, dim, cores, rank, lookups)
-    for rows, dim, cores in ((KAGGLE, 16, 3), (KAGGLE, 16, 4), (142_572, 16, 3), (2_202_608, 64, 3))
-    for rank in (8, 32)
-    for lookups in (256, 1024, 4096, 16384)
+    for rows, dim, cores, ranks in ((KAGGLE, 16, 3, (8, 32)), (KAGGLE, 16, 4, (16,)), (142_572, 64, 3, (8, 32)))
+    for rank in ranks
+    for lookups in (512, 2048, 8192, 32768)
 ]
 
 
@@ -84,12 +89,14 @@ class Case:
 
 
 def race(cases: dict, kind: str, rounds: int) -> dict:
-    """name -> [(CPU ms, wall ms)], interleaved; two runs before count nothing."""
+    """name -> [(CPU ms, wall ms)], interleaved. Of two runs in a turn the second counts: XLA gives the memory of a program back after `wait`, in the
+    time of what comes next (90 MB of a form before made 1 ms 9)."""
     times = {name: [] for name in cases}
-    for number in range(rounds + 2):
+    for number in range(rounds + 1):
         for name in list(cases)[:: 1 if number % 2 else -1]:
+            cases[name].run(kind)
             taken = cases[name].run(kind)
-            if number >= 2:
+            if number >= 1:
                 times[name].append(taken)
     return times
 
@@ -162,7 +169,7 @@ def hits(num_ids: int = 1_000_000, epoch: int = 2_000_000) -> dict:
     rng, capacity = np.random.RandomState(0), num_ids // 1000
     frequencies = np.arange(1, num_ids + 1) ** -1.2
     frequencies /= frequencies.sum()
-    names, cache = rng.permutation(num_ids), HotCache(capacity, 1)
+    names, cache = rng.permutation(num_ids), HotCache(capacity, 1, num_ids)
     bounds, rates = frequencies.cumsum(), []
     rows = torch.zeros(cache.num_slots, 1)
     for _ in range(4):
@@ -170,8 +177,8 @@ def hits(num_ids: int = 1_000_000, epoch: int = 2_000_000) -> dict:
         found = cache.ids.find(torch.from_numpy(trace))[0]
         rates.append(round(float(found.float().mean()), 4))
         for start in range(0, epoch, 65536):
-            cache.count(trace[start : start + 65536])
-        cache.refresh(rows, cache.wanted(), lambda ids: torch.zeros(len(ids), 1), lambda ids, deltas: None)
+            cache.seen.add(trace[start : start + 65536])
+        cache.refresh(rows, cache.seen.hottest(), lambda ids: torch.zeros(len(ids), 1), lambda ids, deltas: None)
     best = float(frequencies[most_frequent(frequencies, capacity)].sum())
     say(f"hit rate by epoch {rates}, {best:.4f} if the frequencies were known; bar 0.60")
     return {"ids": num_ids, "cached": capacity, "exponent": 1.2, "hit_rate_by_epoch": rates, "known_frequencies": round(best, 4), "bar": 0.6}
@@ -189,6 +196,49 @@ def dcnv2_bytes() -> dict:
     return {"rows": sum(DCNV2), "dims": split_dim(128, 3), "bytes_by_rank": results}
 
 
+def tpu() -> list[dict]:
+    """Lookups of 10.1M x 16 at rank 32, alone and with gradients of the cores, compiled for one chip."""
+    tracer, programs, ours = backends.make_tracer(), {}, tt_forms.product
+
+    def batched(left, right, rank):
+        return torch.bmm(left.view(len(left), -1, rank), right.view(len(left), rank, -1)).view(len(left), -1)
+
+    def trace(form, lookups: int, kind: str):
+        table = tracer.place(make(KAGGLE, 16, 32))
+        table.form = form
+        ids, direction = torch.zeros(lookups, dtype=torch.int32).to(tracer.device), torch.zeros(lookups, 16).to(tracer.device)
+
+        def run():
+            vectors = table.combine((), ids)
+            results = [vectors.detach()]
+            if kind == "gradient":
+                vectors.backward(direction)
+                results = [core.grad for core in table.cores]
+                for core in table.cores:
+                    core.grad = None
+            del vectors
+            tracer.end_step()
+            return results
+
+        return tracer.trace(run, {f"core{k}": core.data for k, core in enumerate(table.cores)})
+
+    for lookups, form, product, kind in itertools.product((2048, 65536), ((2, 1), (1, 1, 1)), ("sum", "batched"), BARS):
+        tt_forms.product = ours if product == "sum" else batched
+        step = trace(form, lookups, kind)
+        programs[lookups, form, product, kind] = (step.hlo, step.donated)
+    tt_forms.product = ours
+    compiled = tpu_compiler.compile_programs("v5e:2x2", {str(name): program for name, program in programs.items()}, lambda line: None)
+    results = []
+    for (lookups, form, product, kind), found in zip(programs, compiled.values(), strict=True):
+        results.append({
+            "lookups": lookups, "form": str(form), "product": product, "kind": kind, "traffic": found.traffic, "temporaries": found.temporaries,
+            "error": found.error[:200],
+        })  # fmt: skip
+        traffic, temporaries = found.traffic / 1e6, found.temporaries / 1e6
+        say(f"v5e {lookups:>6} {form!s:<9} {product:<7} {kind:<9} traffic {traffic:>8.0f} MB, temporaries {temporaries:.1f} MB {found.error[:100]}")
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="xla", choices=["cpu", "xla"])
@@ -200,7 +250,7 @@ def main() -> None:
     result = {**heading("tt"), "device": args.device, "rounds": args.rounds, "barrier": check_barrier(backend) if args.device == "xla" else {}}
     parts = {
         "forms": lambda: compare_forms(backend, args.rounds), "crossover": lambda: crossover(backend, min(args.rounds, 5)), "init": check_init,
-        "convert": convert, "hits": hits, "bytes": dcnv2_bytes,
+        "convert": convert, "hits": hits, "bytes": dcnv2_bytes, "tpu": tpu,
     }  # fmt: skip
     for part in args.parts:
         result[part] = parts[part]()

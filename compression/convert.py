@@ -24,7 +24,8 @@ from compression.registry import METHODS, num_bytes
 from compression.stored import StoredTable, stored_tables
 from compression.training_data import check_data_flags, training_counts
 from data_loaders.command import ended
-from dlrm_xla.checkpoint import Checkpoint, alone, check_writable, kept, optimizer_name, read, table_parameters, write
+from dlrm_xla.checkpoint import kept, optimizer_name, table_parameters
+from dlrm_xla.checkpoint_file import Checkpoint, alone, check_writable, read, write
 from dlrm_xla.config import MethodConfig
 from dlrm_xla.embeddings import EmbeddingCollection, EmbeddingTable
 from dlrm_xla.layouts import RowsLayout

@@ -30,7 +30,7 @@ def lines(rows: list[Row], others: list[tuple[str, Choice, int]]) -> list[str]:
     for row in sorted(rows, key=lambda row: -row.before):
         sizes = [f"{row.spec.num_embeddings:,}", size_text(row.before), size_text(row.after), f"{row.before / row.after:.4g}x"]
         errors = [*_errors(row.facts, ""), _number(row.facts, "bound", "upper"), *(_errors(row.facts, "_weighted") if weighted else [])]
-        cells.append([row.spec.name, *sizes, *errors, _method(row.choice)])
+        cells.append([row.spec.name, *sizes, *errors, row.choice.text()])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     forms = [f"{{:{'<' if i == 0 else '>'}{width}}}" for i, width in enumerate(widths)] + ["{}"]
     found = ["  ".join(form.format(cell) for form, cell in zip(forms, line, strict=True)) for line in cells]
@@ -47,12 +47,6 @@ def lines(rows: list[Row], others: list[tuple[str, Choice, int]]) -> list[str]:
     if plain and not compressed:
         found.append(f"all tables: {size_text(before + plain)} -> {size_text(after + plain)} ({(before + plain) / (after + plain):.4g}x)")
     return found
-
-
-def _method(choice: Choice) -> str:
-    """As users type it; what the method derives from the table is left out."""
-    knobs = {name: str(value).lower() if isinstance(value, bool) else value for name, value in choice.knobs.items() if value is not None}
-    return choice.method + (":" if knobs else "") + ",".join(f"{name}={value}" for name, value in knobs.items())
 
 
 def _errors(facts: dict[str, float], suffix: str) -> tuple[str, str]:

@@ -4,9 +4,7 @@ A cached id reads its own row, which the row optimizer trains, instead of the co
 leaves, what it has learnt, row - loaded, goes into the compressed parameters by the chain rule (the table's `fold`); rows that stay keep their
 value. TT-Rec (Yin et al., MLSys 2021) caches decompressed rows of a tensor train; its code drops what a row that leaves has learnt.
 
-Which ids are hot is counted on the host, as they pass, in memory that depends on the cache and not on the table: of all ids that were ever
-counted the most frequent KEEP for each cached one are remembered (cf. Manku, Motwani, "Approximate Frequency Counts over Data Streams", VLDB
-2002). After each epoch the counts are halved, so that what was hot once cools down.
+Which ids are hot: hot_counts.py. After each epoch the counts are halved, so that what was hot once cools down.
 """
 
 from collections.abc import Callable
@@ -15,43 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compression.hot_counts import HotCounts, hot_counts_bytes
 from compression.hot_ids import HotIds, hot_ids_bytes, num_buckets
-
-KEEP, LEAST_KEPT = 16, 1 << 16  # ids counted: for each cached one, and at least
-WAITING = 1 << 20  # ids gathered before they are counted: a sort of so many takes 0.1 s
-AGEING = 0.5
 
 
 class HotCache(nn.Module):
-    """Room for `capacity` ids of a table of dimension `dim`. ids: where they lie;  loaded [num_slots, dim]: the rows as they came in."""
+    """Room for `capacity` of `num_ids` ids. ids: where they lie;  seen: how often ids are looked up;  loaded [num_slots, dim]: the rows as they
+    came in."""
 
-    kind = "rows"
+    kind = "parameters"
 
-    def __init__(self, capacity: int, dim: int):
+    def __init__(self, capacity: int, dim: int, num_ids: int):
         super().__init__()
         self.ids = HotIds(capacity)
         self.num_slots = self.ids.num_slots
         self.register_buffer("loaded", torch.zeros(self.num_slots, dim))
-        self.counted, self.counts = np.zeros(0, np.int64), np.zeros(0, np.float64)
-        self.waiting: list[np.ndarray] = []
+        self.seen = HotCounts(capacity, num_ids)
 
     def held(self) -> tuple[np.ndarray, np.ndarray]:
         """The ids that lie here [n] and their slots [n], int64, in the order of the slots."""
         keys = self.ids.keys.cpu().numpy().reshape(-1)
         slots = np.flatnonzero(keys >= 0)
         return keys[slots].astype(np.int64), slots
-
-    def count(self, ids: np.ndarray) -> None:
-        self.waiting.append(np.asarray(ids).reshape(-1).astype(np.int64))
-        if sum(map(len, self.waiting)) >= WAITING:
-            self._settle()
-
-    def wanted(self) -> np.ndarray:
-        """The hottest ids so far, at most `capacity`, and ages the counts."""
-        self._settle()
-        best = self.counted[_largest(self.counts, self.ids.capacity)]
-        self.counts *= AGEING
-        return best
 
     @torch.no_grad()
     def refresh(self, rows: Tensor, wanted: np.ndarray, values: Callable[[np.ndarray], Tensor], fold: Callable[[np.ndarray, Tensor], None]) -> bool:
@@ -79,36 +62,7 @@ class HotCache(nn.Module):
         self.loaded.copy_(loaded)
         return True
 
-    def _settle(self) -> None:
-        """Counts the ids that wait."""
-        if not self.waiting:
-            return
-        ids, counts = np.unique(np.concatenate(self.waiting), return_counts=True)
-        self.waiting = []
-        both = np.concatenate([self.counted, ids])
-        self.counted, place = np.unique(both, return_inverse=True)
-        self.counts = np.bincount(place, np.concatenate([self.counts, counts.astype(np.float64)]), len(self.counted))
-        most = max(KEEP * self.ids.capacity, LEAST_KEPT)
-        if len(self.counted) > most:
-            keep = np.sort(_largest(self.counts, most))
-            self.counted, self.counts = self.counted[keep], self.counts[keep]
 
-
-def hot_cache_bytes(capacity: int, dim: int) -> int:
-    """Of the rows, what they were loaded as, and where the ids lie."""
-    return 2 * 4 * dim * 4 * num_buckets(capacity) + hot_ids_bytes(capacity)
-
-
-def most_frequent(counts: np.ndarray, capacity: int) -> np.ndarray:
-    """counts [N] -> the ids with the largest counts above zero, at most `capacity`."""
-    best = _largest(counts, capacity)
-    return best[counts[best] > 0]
-
-
-def _largest(counts: np.ndarray, number: int) -> np.ndarray:
-    """Places of the `number` largest, largest first; of equal ones the first."""
-    if len(counts) <= number:
-        return np.argsort(-counts, kind="stable")
-    least = np.partition(counts, len(counts) - number)[len(counts) - number]
-    above, equal = np.flatnonzero(counts > least), np.flatnonzero(counts == least)
-    return np.concatenate([above[np.argsort(-counts[above], kind="stable")], equal[: number - len(above)]])
+def hot_cache_bytes(capacity: int, dim: int, num_ids: int) -> int:
+    """Of the rows, what they were loaded as, where the ids lie, and the counts."""
+    return 2 * 4 * dim * 4 * num_buckets(capacity) + hot_ids_bytes(capacity) + hot_counts_bytes(capacity, num_ids)

@@ -4,9 +4,11 @@ A ratio that is printed anywhere is `ratio` of a ledger. Its bytes are those of 
 padding, those of the arguments of the compiled program (tests/test_methods_tpu.py).
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from dlrm_xla.specs import size_text
 
 KINDS = ("parameters", "codes", "pointers", "seeds", "state", "padding")
 LANES, SUBLANES = 128, 8
+LEDGER_FILE = "ledger.json"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,15 @@ def ledger(tables: EmbeddingCollection, dense_state: Callable[[nn.Parameter], di
     buffers = [buffer for store in tables.stores for _, buffer in store.named_buffers()]
     held = sum(_tile_bytes(buffer) if tiles else buffer.nelement() * buffer.element_size() for buffer in buffers)
     return Ledger(tuple(entries), held - in_stores)
+
+
+def write_ledger(folder: Path, trainer) -> None:
+    """LEDGER_FILE of a run's folder: every table's bytes, without a TPU's padding."""
+    states = {id(parameter): state for parameter, state in zip(trainer.dense.parameters, trainer.dense.state, strict=True)}
+    found = ledger(trainer.tables, lambda parameter: states[id(parameter)], tiles=False)
+    beside = folder / f".{LEDGER_FILE}.tmp"
+    beside.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+    beside.replace(folder / LEDGER_FILE)
 
 
 def _add(sums: dict[str, int], kind: str, tensor: Tensor, tiles: bool) -> None:

@@ -131,8 +131,9 @@ class Choice:
     knobs: dict = field(default_factory=dict)
 
     def text(self) -> str:
-        """As users type it."""
-        return self.method + (":" if self.knobs else "") + ",".join(f"{name}={value}" for name, value in self.knobs.items())
+        """As users type it; what the method derives from the table is left out."""
+        knobs = {name: str(value).lower() if isinstance(value, bool) else value for name, value in self.knobs.items() if value not in (None, "")}
+        return self.method + (":" if knobs else "") + ",".join(f"{name}={value}" for name, value in knobs.items())
 
 
 PLAIN = Choice()

@@ -15,7 +15,8 @@ from compression.method import PLAIN, Making
 from compression.registry import create_table
 from compression.stored import stored_tables
 from data_loaders.command import ended
-from dlrm_xla.checkpoint import Checkpoint, optimizer_name, read
+from dlrm_xla.checkpoint import optimizer_name
+from dlrm_xla.checkpoint_file import Checkpoint, read
 from dlrm_xla.embeddings import EmbeddingCollection, PlainTable
 from dlrm_xla.layouts import PackedLayout, RowsLayout
 from dlrm_xla.ops.rows import add_rows_scatter

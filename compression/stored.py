@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from compression.method import PLAIN, Choice
 from compression.registry import recorded
-from dlrm_xla.checkpoint import Checkpoint
+from dlrm_xla.checkpoint_file import Checkpoint
 from dlrm_xla.specs import TableSpec, UserError
 
 

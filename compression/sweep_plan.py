@@ -32,7 +32,7 @@ BASELINES = {
 }
 CONVERT = "convert:"
 # other forms of a method: narrow rows, and pointers or codes of which one for an id is left
-FORMS = {"hot_cold": ("width=4", "width=2"), "cce": ("chunks=1",), "pq": ("chunks=1",)}
+FORMS = {"hot_cold": ("width=4", "width=2"), "cce": ("chunks=1",), "pq": ("chunks=1",), "robe": ("aligned=false",)}
 
 
 @dataclass(frozen=True)

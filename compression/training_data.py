@@ -7,7 +7,7 @@ import numpy as np
 from compression.traffic import count_ids
 from data_loaders.open import note, open_dataset
 from dlrm_xla import flags
-from dlrm_xla.checkpoint import Checkpoint
+from dlrm_xla.checkpoint_file import Checkpoint
 from dlrm_xla.config import Config
 from dlrm_xla.specs import TableSpec, UserError
 

@@ -19,11 +19,12 @@ from dlrm_xla.ops.integers import quotient
 
 Form = tuple[int, ...]
 
-# Relative costs of one multiplication of a lookup's small product, one number read, one multiplication of a dense product and one number written.
-# Fitted to `benchmarks/tt.py --parts crossover`: tables of 10.1M x 16 with 3 and 4 cores, ranks 8 and 32, 256 to 16,384 lookups, forward alone and
-# with gradients, CPU time on one core. There the form it picks takes 1.00 times the fastest one's time in the median, on XLA:CPU and in eager mode,
-# and 2.4 at most (3.3 against 7.8 ms). At rank 32 both forms of 3 cores meet at about 3,800 lookups.
-# Gradients cost both sides alike, so they are no part of the rule. A unit is about 1 ns.
+# Relative costs of one multiplication of a lookup's small product, one number read, one multiplication of a dense product and one number written;
+# a unit is about 1 ns. Confirmed by `benchmarks/tt.py --parts crossover --rounds 3`, with --device xla and cpu: tables of 10.1M x 16 with 3 and 4
+# cores and of 142,572 x 64, ranks 8 to 32, 512 to 32,768 lookups, forward alone and with gradients, CPU time. The form that is picked takes 1.00
+# times the fastest one's time in the median, 1.03 in the geometric mean and 1.76 at most (XLA, rank 32, 2,048 lookups with gradients: 39 against
+# 22 ms; eager 1.45). Of 100 other sets, each constant changed by factors of two, the best had 1.03 and 1.76 too. At rank 32 both forms of
+# 3 cores meet at about 3,800 lookups. Gradients cost both sides alike, so they are no part of the rule.
 PRODUCT, READ, CONTRACT, WRITE = 1.0, 1.0, 0.1, 1.0
 
 
@@ -91,8 +92,12 @@ def contract(cores: list[Tensor], shape: TTShape, first: int) -> Tensor:
 
 def product(left: Tensor, right: Tensor, rank: int) -> Tensor:
     """[B, m R] and [B, R n] -> [B, m n]: a small matrix product for each lookup. In the host's memory `bmm`; XLA does better with the sum written
-    out (65,536 lookups, [4, 32] by [32, 4], CPU ms forward and with gradients: eager 38 and 130 by bmm, 162 and 444 by the sum; XLA 90 and 196 by
-    bmm, 63 and 108 by the sum, both with the prefix table)."""
+    out, on a CPU and on a TPU.
+
+    65,536 lookups, [4, 32] by [32, 4], CPU ms forward and with gradients: eager 38 and 130 by bmm, 162 and 444 by the sum; XLA 90 and 196 by bmm, 63
+    and 108 by the sum, both with the prefix table. TPU v5e, as compiled (`benchmarks/tt.py --parts tpu`): by the sum 1.08 and 1.69 GB of traffic with
+    0.1 and 2.7 MB of temporaries, by bmm 1.82 and 3.02 GB with 403 MB; the direct form 7.4 and 10.1 GB with 1.1 GB. At 2,048 lookups prefix and
+    direct move 154 and 236 MB forward, 428 and 302 MB with gradients."""
     count = left.shape[0]
     if left.device.type == "xla":
         return (left.view(count, -1, rank, 1) * right.view(count, 1, rank, -1)).sum(2).view(count, -1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dlrm_xla import checkpoint
 from dlrm_xla.batch import Batch, Dataset
-from dlrm_xla.checkpoint import Progress
+from dlrm_xla.checkpoint_file import Progress
 from dlrm_xla.config import Config
 from dlrm_xla.console import Console, Meter
 from dlrm_xla.evaluate import predict

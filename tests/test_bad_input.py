@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import CRITEO_MODEL, SMALL
 
-from dlrm_xla import checkpoint
+from dlrm_xla import checkpoint_file
 from dlrm_xla.specs import UserError
 
 PROCESSED = "kaggleAdDisplayChallenge_processed.npz"
@@ -324,7 +324,7 @@ def test_a_checkpoint_cut_off_anywhere(cli, trained, tmp_path):
     for length in lengths:
         path.write_bytes(whole[:length])
         with pytest.raises(UserError) as error:
-            checkpoint.read(path)
+            checkpoint_file.read(path)
         assert str(error.value).startswith(f"--load-model={path}: not a readable checkpoint") and "\n" not in str(error.value), length
     assert "not a readable checkpoint" in cli(*SMALL, f"--load-model={path}").error
 
@@ -337,7 +337,7 @@ def test_a_checkpoint_with_a_wrong_byte_is_refused_or_loaded_but_never_a_traceba
         flipped[position] ^= 0x41
         path.write_bytes(flipped)
         try:
-            checkpoint.read(path)
+            checkpoint_file.read(path)
         except UserError as error:
             refused += 1
             assert str(error).startswith(f"--load-model={path}: ") and "\n" not in str(error)

@@ -16,7 +16,7 @@ from compression import convert
 from compression.method import Choice, Making
 from compression.registry import METHODS, create_table
 from compression.show_ledger import ledger_of
-from dlrm_xla import checkpoint
+from dlrm_xla import checkpoint, checkpoint_file
 from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.layouts import RowsLayout
 from dlrm_xla.ops.rows import add_rows_scatter
@@ -72,7 +72,7 @@ def weights_of(path) -> dict[str, torch.Tensor]:
 
 def rebuilt(path, index: int) -> EmbeddingCollection:
     """One table of a checkpoint by itself."""
-    loaded = checkpoint.read(path)
+    loaded = checkpoint_file.read(path)
     said = loaded.tables[index]
     spec = TableSpec(f"emb_l.{index}", said["rows"], said["dim"])
     table = create_table(spec, Choice(said["method"], said["knobs"]), Making(np.random.RandomState(1)), to_load=True)
@@ -104,7 +104,7 @@ def test_what_is_converted_is_tested_as_its_vectors_are(cli, run_convert, traine
     assert [table["table"] for table in report["tables"]] == ["emb_l.0", "emb_l.1", "emb_l.2"]
     content, compressed = torch.load(trained, weights_only=True), weights_of("c.pt")
     del content["dlrm_xla"]
-    entries = {entry.table: entry for entry in ledger_of(checkpoint.read(tmp_path / "c.pt"), tpu=False).entries}
+    entries = {entry.table: entry for entry in ledger_of(checkpoint_file.read(tmp_path / "c.pt"), tpu=False).entries}
     for index, table in enumerate(report["tables"]):
         key = f"emb_l.{index}.weight"
         vectors = rebuilt(tmp_path / "c.pt", index).materialize(0, torch.arange(ROWS[index]))
@@ -192,7 +192,7 @@ def test_upstreams_files(cli, run_convert, trained, form, zipped):
     assert test_figures(cli, "--load-model=c.pt") == pytest.approx(test_figures(cli, "--load-model=upstream.pt"), abs=2e-6)
     outcome = cli(*FLAGS, "--nepochs=3", "--load-model=c.pt")
     assert outcome.code == 0 and len(outcome.losses) == 12
-    made = checkpoint.read(Path("c.pt"))
+    made = checkpoint_file.read(Path("c.pt"))
     assert not made.exact and [table["method"] for table in made.tables] == ["plain", "plain", "low_rank", "plain"]
 
 
@@ -206,7 +206,7 @@ def test_one_after_the_other(cli, run_convert, trained, capsys):
     captured = capsys.readouterr()
     assert code == 0 and "note: emb_l.2 is compressed already, by lpt, and stays as it is" in captured.err
     assert weights_of("c.pt")[f"int8_clock.{DIM}"] == clock
-    assert [table["method"] for table in checkpoint.read(Path("c.pt")).tables] == ["lpt", "plain", "lpt", "plain"]
+    assert [table["method"] for table in checkpoint_file.read(Path("c.pt")).tables] == ["lpt", "plain", "lpt", "plain"]
     assert cli(*FLAGS, "--nepochs=4", "--load-model=c.pt").code == 0
 
 

@@ -14,7 +14,7 @@ LEVELS = (
     {"ops", "layouts", "backends", "metrics", "console", "mlperf", "tracking", "summary", "hlo", "tpu_compiler"},
     {"embeddings", "stores", "quantized_store", "optim", "losses", "init"},
     {"models"},
-    {"train", "evaluate", "checkpoint"},
+    {"train", "evaluate", "checkpoint", "checkpoint_file"},
     {"session", "debug", "profile", "onnx_export", "quantize", "compile_for", "compile_report"},
 )
 CONTRACTS = {"flags", "config", "specs", "batch"}

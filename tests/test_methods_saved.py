@@ -10,7 +10,7 @@ from compression.ledger import ledger
 from compression.method import Choice
 from compression.registry import METHODS, recorded
 from data_loaders.open import open_dataset
-from dlrm_xla import backends, checkpoint, flags
+from dlrm_xla import backends, checkpoint, checkpoint_file, flags
 from dlrm_xla.config import Config
 
 ROWS, DIM = 97, 16
@@ -51,10 +51,10 @@ def test_saved_and_loaded_bit_for_bit(name, backend, tmp_path):
     trainer, batches = trainer_of(name, backend, seed=1, to_load=start)
     train(trainer, batches[:3])
     path = tmp_path / "model.pt"
-    checkpoint.save(path, trainer, checkpoint.Progress(batch=3, updates=3), {})
+    checkpoint.save(path, trainer, checkpoint_file.Progress(batch=3, updates=3), {})
     saved = everything(trainer)
 
-    loaded = checkpoint.read(path)
+    loaded = checkpoint_file.read(path)
     choices = recorded(loaded.tables)
     assert choices == [table.made_by or Choice() for table in trainer.tables.tables]
     again, _ = trainer_of(name, backend, seed=2, to_load=True, choices=choices)
@@ -73,7 +73,7 @@ def test_saved_and_loaded_bit_for_bit(name, backend, tmp_path):
 def test_bytes_on_disk_are_the_ledgers(name, tmp_path):
     trainer, _ = trainer_of(name, backends.make("cpu"), seed=1, to_load=METHODS[name].create is None)
     path = tmp_path / "model.pt"
-    checkpoint.save(path, trainer, checkpoint.Progress(), {})
+    checkpoint.save(path, trainer, checkpoint_file.Progress(), {})
     weights = torch.load(path, weights_only=True)["state_dict"]
     book = ledger(trainer.tables, lambda parameter: {}, tiles=False)
     for entry in book.entries:
@@ -87,7 +87,7 @@ def test_bytes_on_disk_are_the_ledgers(name, tmp_path):
 def test_a_table_of_another_size_is_refused(name, tmp_path, capsys, monkeypatch):
     trainer, _ = trainer_of(name, backends.make("cpu"), seed=1, to_load=METHODS[name].create is None)
     path = tmp_path / "model.pt"
-    checkpoint.save(path, trainer, checkpoint.Progress(), {})
+    checkpoint.save(path, trainer, checkpoint_file.Progress(), {})
     content = torch.load(path, weights_only=True)
     lost = next(key for key in content["state_dict"] if key.startswith("emb_l.0."))
     content["state_dict"][lost] = content["state_dict"][lost][:-1].clone()
