@@ -12,6 +12,7 @@ COMMANDS = {
     "ledger": "what every table of a checkpoint costs, to the byte",
     "report": "error beside the optimum, as tables and pictures",
     "sweep": "train every method at several sizes, for quality against bytes",
+    "frontier": "the table and the picture of one or more sweeps",
 }
 
 
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> int:
         from compression.show_ledger import main as command
     elif argv[0] == "report":
         from compression.report import main as command
+    elif argv[0] == "frontier":
+        from compression.frontier import main as command
     else:
         from compression.sweep import main as command
     return command(argv[1:])

@@ -81,6 +81,8 @@ def _point(label: str, asked: str, runs: list[dict], times: dict) -> Point:
     if not good:
         return Point(label, asked, 0, None, None, errors[0])
     tests = [run["epochs"] for run in good]
+    most = max(len(epochs) for epochs in tests)
+    whole = [epochs for epochs in tests if len(epochs) == most]  # a sweep of fewer epochs may add seeds to another
     gaps = [[e["log_loss"] - e["train_loss"] for e in epochs if e["train_loss"] is not None] for epochs in tests]
     return Point(
         label,
@@ -90,11 +92,11 @@ def _point(label: str, asked: str, runs: list[dict], times: dict) -> Point:
         good[0]["ratio"],
         errors[0] if errors else "",
         figure(epochs[0]["auc"] for epochs in tests),
-        figure(max((e["auc"] for e in epochs if e["auc"] is not None), default=None) for epochs in tests),
+        figure(max((e["auc"] for e in epochs if e["auc"] is not None), default=None) for epochs in whole),
         figure(epochs[0]["log_loss"] for epochs in tests),
-        figure(min(e["log_loss"] for e in epochs) for epochs in tests),
+        figure(min(e["log_loss"] for e in epochs) for epochs in whole),
         figure(gap[0] if gap else None for gap in gaps),
-        figure(gap[-1] if gap else None for gap in gaps),
+        figure(gap[-1] if gap else None for gap, epochs in zip(gaps, tests, strict=True) if len(epochs) == most),
         times.get(f"{label} {asked}".strip()),
     )
 
@@ -116,7 +118,7 @@ def markdown(content: dict) -> str:
     lines += [
         "",
         f"Means over {seeds} seeds ± their standard deviation; {content['epochs']} epochs, a test over {test_rows:,} rows after each; "
-        "best: each seed's best test. Bytes are of all tables, the small ones that stay plain included, without optimizer state. "
+        f"best: each seed's best test{_whole(content)}. Bytes are of all tables, the small ones that stay plain included, without optimizer state. "
         "gap: test log loss minus the mean loss of the batches of an epoch's second half as they came (in the first epoch the model has not seen "
         "those rows before), after the first and the last epoch. "
         "convert: tables made of those of a plain model after one epoch; its first figures are before any training goes on. "
@@ -131,6 +133,13 @@ def markdown(content: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _whole(content: dict) -> str:
+    """How many seeds have all epochs, where not all have."""
+    most = {run["seed"] for run in content["runs"] if len(run.get("epochs", ())) == content["epochs"]}
+    every = {run["seed"] for run in content["runs"] if run.get("epochs")}
+    return "" if most == every else f" (of seed{'s' * (len(most) > 1)} {', '.join(map(str, sorted(most)))}; the others have fewer epochs)"
+
+
 def _cells(point: Point) -> list[str]:
     figures = (point.auc, point.best_auc, point.log_loss, point.best_log_loss, point.gap, point.last_gap)
     times = point.times or {}
@@ -139,14 +148,35 @@ def _cells(point: Point) -> list[str]:
     return [point.label, point.asked, size_text(point.bytes), f"{point.ratio:.3g}x", *texts, *shown]
 
 
-def write(out: Path) -> list[Path]:
-    """Writes frontier.md and frontier.png beside sweep.json; their paths."""
+def read(out: Path) -> dict:
+    """The sweep.json of a folder."""
     try:
-        content = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+        return json.loads((out / "sweep.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{out}/sweep.json: cannot be read ({error.strerror}); give the folder of a sweep") from None
     except ValueError:
         raise UserError(f"{out}/sweep.json: is no JSON; run the sweep's command again") from None
+
+
+def merged(contents: list[dict]) -> dict:
+    """Several sweeps with the same flags as one: of two runs of the same name the one of more epochs counts, of times the last."""
+    first = contents[0]
+    best: dict[tuple, dict] = {}
+    for content in contents:
+        if content["flags"] != first["flags"]:
+            raise UserError(f"the sweeps have other flags: {' '.join(first['flags'])} and {' '.join(content['flags'])}; compare equal ones only")
+        for run in content["runs"]:
+            key = (run["label"], run["point"], run["seed"])
+            if key not in best or len(run.get("epochs", ())) > len(best[key].get("epochs", ())):
+                best[key] = run
+    times = {name: value for content in contents for name, value in content["times"].items()}
+    epochs = max(content["epochs"] for content in contents)
+    return {**first, "epochs": epochs, "runs": list(best.values()), "times": times}
+
+
+def write(out: Path, others: list[Path] | None = None) -> list[Path]:
+    """Writes frontier.md and frontier.png beside sweep.json, of that and of other sweeps; their paths."""
+    content = merged([read(folder) for folder in (out, *(others or ()))])
     paths = [out / "frontier.md", out / "frontier.png"]
     write_text(paths[0], markdown(content))
     return [out / "sweep.json", paths[0], *([paths[1]] if draw(content, paths[1]) else [])]
@@ -165,9 +195,9 @@ def draw(content: dict, path: Path) -> bool:
 
 def main(argv: list[str]) -> int:
     def work() -> None:
-        if len(argv) != 1 or argv[0].startswith("-"):
-            raise UserError("usage: python -m compression frontier FOLDER (of a sweep)")
-        for path in write(Path(argv[0])):
+        if not argv or any(word.startswith("-") for word in argv):
+            raise UserError("usage: python -m compression frontier FOLDER [MORE FOLDERS] (of sweeps; the first is written to)")
+        for path in write(Path(argv[0]), [Path(word) for word in argv[1:]]):
             print(path)
 
     return ended(work)

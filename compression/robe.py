@@ -3,7 +3,7 @@
     aligned:    e(i)[jZ + t] = g_j(i) A[h_j(i), (o_j(i) + t) mod 128]      A: lines of 128 numbers; block j of Z numbers lies in one line
     published:  e(i)[jZ + t] = g_j(i) A[(h_j(i) + t) mod S]                A: S numbers
 
-h_j chooses a line, or a number; o_j an offset within a line (multiples of the knob `step`, 1 by default); g_j is 1 or -1 where the knob `sign` says so.
+h_j chooses a line, or a number; o_j an offset within a line, a multiple of the knob `step`; g_j is 1 or -1 where the knob `sign` says so.
 Desai, Chou, Shrivastava, "Random Offset Block Embedding Array (ROBE) for CriteoTB Benchmark MLPerf DLRM Model", MLSys 2022, arXiv:2108.02191.
 Differs from the paper: a stretch wraps round its line of 128 instead of the whole array, so that a lookup on a TPU reads one line of its memory
 instead of Z single numbers (benchmarks/robe.py); each table has an array of its own; Z divides D. The knob aligned=false is the published form.
