@@ -46,7 +46,6 @@ class ClusteredTable(EmbeddingTable):
     weighted  ids count as often as training has looked them up, since the start or the resumption of the run
     """
 
-    resets_state = True
 
     def __init__(self, spec: TableSpec, rows: int, chunks: int, until: int, sample: int, weighted: bool, rng: np.random.RandomState):
         fill = partial(fill_uniform, rng=rng, bound=math.sqrt(0.5 / spec.num_embeddings))

@@ -19,7 +19,10 @@ from compression.hot_ids import HotIds, hot_ids_bytes, num_buckets
 
 class HotCache(nn.Module):
     """Room for `capacity` of `num_ids` ids. ids: where they lie;  seen: how often ids are looked up;  loaded [num_slots, dim]: the rows as they
-    came in."""
+    came in.
+
+    origin [num_slots] int64: after `refresh`, the slot where a row lay before, -1 for one that is new.
+    """
 
     kind = "parameters"
 
@@ -43,6 +46,7 @@ class HotCache(nn.Module):
         values  ids [n] -> [n, dim] of the compressed table;  fold: (ids [n], deltas [n, dim]) into it
         """
         old, old_slots = self.held()
+        self.origin = np.arange(self.num_slots)
         if np.array_equal(np.sort(old), np.sort(wanted)):
             return False
         loaded = self.loaded.detach().cpu().clone()
@@ -56,6 +60,8 @@ class HotCache(nn.Module):
         slots = dict(zip(wanted.tolist(), self.ids.put(wanted).tolist(), strict=True))
         rows.zero_()
         loaded.zero_()
+        self.origin = np.full(self.num_slots, -1)
+        self.origin[[slots[number] for number in kept.tolist()]] = kept_slots
         for ids, of_rows, of_loaded in ((kept, kept_rows, kept_loaded), (new, *2 * (values(new),))):
             places = [slots[number] for number in ids.tolist()]
             rows[places], loaded[places] = of_rows.to(rows.dtype), of_loaded.to(loaded.dtype)

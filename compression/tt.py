@@ -41,7 +41,6 @@ class TTTable(EmbeddingTable):
     form    None: the cheapest, by tt_forms.choose
     """
 
-    resets_state = True
 
     def __init__(
         self, spec: TableSpec, shape: TTShape, cores: list[Tensor], cached: int = 0, counts: np.ndarray | None = None, exact: np.ndarray | None = None
@@ -72,7 +71,9 @@ class TTTable(EmbeddingTable):
         """The ids that were looked up most often move into the cache; those that leave hand what they have learnt to the cores."""
         if self.cache is None:
             return False
-        return self.cache.refresh(parts["cache"], self.cache.seen.hottest(), self.values, self.fold)
+        changed = self.cache.refresh(parts["cache"], self.cache.seen.hottest(), self.values, self.fold)
+        self.state_from = {"cache": self.cache.origin}
+        return changed
 
     @torch.no_grad()
     def values(self, ids: np.ndarray) -> Tensor:

@@ -44,13 +44,14 @@ class EmbeddingTable(nn.Module):
     parts               the rows that it keeps in stores, by upstream's name: {"weight": Part(V, d, fill)}
     pools_before_combine  True where the rows of a bag are pooled before `combine` sees them, which is the same for a linear combine; an id
                           then reads one row of each part
-    resets_state        True where `reorganize` makes what the optimizer has gathered about the rows meaningless: it starts at zero again
+    state_from          after `reorganize`: for each part, int64 [num_rows], the old row whose optimizer state a row goes on with, -1 for none;
+                        None: the state of all rows starts at zero again
     observes            True where `observe` wants to see the ids of training
     made_by             what was chosen for it, for checkpoints and reports
     """
 
     pools_before_combine = False
-    resets_state = False
+    state_from: dict[str, np.ndarray] | None = None
     observes = False
     made_by = None  # compression.method.Choice; None: one row for each id
 
@@ -276,9 +277,8 @@ class EmbeddingCollection(nn.Module):
             own = [{key: field[s.start : s.start + s.num_rows] for key, field in fields[s.store].items()} for s in segments]
             if table.reorganize({name: part["weight"] for name, part in zip(names, own, strict=True)}, epoch):
                 changed = True
-                for key, value in ((key, value) for part in own for key, value in part.items()):
-                    if key != "weight" and table.resets_state:
-                        value.zero_()
+                for name, part in zip(names, own, strict=True):
+                    _move_states({key: value for key, value in part.items() if key != "weight"}, table.state_from and table.state_from[name])
         if changed:
             for store, of_store in zip(self.stores, buffers, strict=True):
                 store.load(of_store)
@@ -367,6 +367,17 @@ class _Bags:
     def values(self, place: tuple[int, int], batch: int, tables: int) -> Tensor:
         """[B, R, d]."""
         return self.sums.narrow(0, *place).view(batch, tables, -1)
+
+
+def _move_states(states: dict[str, Tensor], origin: np.ndarray | None) -> None:
+    """states [num_rows] or [num_rows, d], in place: each row's becomes that of row origin[i], zero for -1."""
+    for value in states.values():
+        if origin is None:
+            value.zero_()
+        else:
+            moved = value[np.maximum(origin, 0)]
+            moved[origin < 0] = 0
+            value.copy_(moved)
 
 
 def _segments(tables: list[EmbeddingTable]) -> tuple[list[tuple[Segment, ...]], dict[tuple[int, str], int]]:

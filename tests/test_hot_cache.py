@@ -165,10 +165,21 @@ def test_a_refresh_at_an_ordinary_rate_does_no_harm(rule, rate):
             (found.pooled[:, 0] - target[ids]).square().mean(1).mean().backward()
             dense.step(neg_lr)
             collection.update([found], neg_lr)
-        before = loss()
+        before, held, states = loss(), dict(zip(*table.cache.held(), strict=True)), cache_state(collection)
         assert collection.reorganize(epoch)
+        for number, slot in zip(*table.cache.held(), strict=True):
+            for old, new in zip(states, cache_state(collection), strict=True):
+                wanted = old[held[number]] if number in held else torch.zeros_like(new[slot])
+                assert torch.equal(new[slot], wanted), "rows that stay keep their sums, new ones have none"
         assert before < 0.5 * first and loss() < 1.15 * before
         assert all(core.isfinite().all() for core in table.cores)
+
+
+def cache_state(collection: EmbeddingCollection) -> list[torch.Tensor]:
+    """The optimizer's state of the cached rows, copies."""
+    (segment,) = collection.segments[0]
+    fields = collection.stores[segment.store].fields(collection.stores[segment.store].on_host())
+    return [value[segment.start : segment.start + segment.num_rows].clone() for key, value in fields.items() if key != "weight"]
 
 
 @pytest.mark.parametrize("leverage", [1e-3, 0.5, 1.0, 30.0, 1000.0])
