@@ -48,10 +48,9 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     import numpy as np
     import torch
 
-    from compression.choose import choose, parse_wish, ratio_text, wants_counts
+    from compression.choose import check_wish, choices_and_counts, ratio_text
     from compression.ledger import LEDGER_FILE, write_ledger
     from compression.registry import mixed_dimensions, recorded
-    from compression.traffic import count_ids
     from data_loaders.open import open_dataset
     from data_loaders.prefetch import read_ahead
     from dlrm_xla import debug, onnx_export
@@ -63,8 +62,7 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
     from dlrm_xla.tracking import Tracker, describe_environment, make_folder
 
     output, compat = config.output, config.upstream_compat
-    if config.method.kind == "compress":
-        parse_wish(config.method)  # a name that is none is found before anything is read
+    check_wish(config.method, config.train.optimizer, bool(output.load_model))
     console = Console(output.print_time, output.print_wall_time)
     mlperf = MLPerfLog(output.mlperf, emit=console.line)
     mlperf.init_start()
@@ -105,19 +103,10 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
         if compat and (config.data.from_files or config.data.num_workers == 0):
             torch.empty((), dtype=torch.int64).random_()  # upstream's loader draws a seed for each pass; QR and MD tables come after it
         debug.print_data(console.line, data.train, data.hotness)
-    saved_choices = recorded(loaded.tables) if loaded is not None and loaded.tables else None
-    counts = None
-    if loaded is None and wants_counts(config.method):
-        if not config.data.from_files:
-            raise UserError(
-                f"--compress={config.method.compress}: goes by how often training looks ids up, which random data does not tell; use a data set"
-            )
-        counts = count_ids(data.train, specs)
-    if saved_choices is not None and len(saved_choices) == len(specs):
-        choices = saved_choices
-    else:
-        choices = choose(specs, config.method, counts)
+    saved = recorded(loaded.tables) if loaded is not None and loaded.tables else None
+    choices, counts = choices_and_counts(specs, config.method, counter(config, data, specs), saved)
     trainer = build(config, specs, rng, backend, choices=choices, counts=counts, to_load=loaded is not None)
+    del counts
     if any(choice.method != "plain" for choice in choices):
         console.note(f"compressed: {ratio_text(specs, choices)}; table by table in {Path(output.run_dir) / LEDGER_FILE}")
         write_ledger(Path(output.run_dir), trainer)
@@ -190,6 +179,13 @@ def table_specs(config: Config, data) -> list[TableSpec]:
     ]
 
 
+def counter(config: Config, data, specs: list[TableSpec]):
+    """A function that counts how often training looks each id up; None for data that is drawn and tells nothing."""
+    from compression.traffic import count_ids
+
+    return (lambda: count_ids(data.train, specs)) if config.data.from_files else None
+
+
 def build(config: Config, specs: list[TableSpec], rng, backend, device: str = "cpu", choices=None, counts=None, to_load=False):
     """The trainer. Tables 0..T-1, bottom MLP, top MLP, as upstream draws them; device "meta": tables without numbers, nothing drawn for them.
 
@@ -216,10 +212,12 @@ def compile_only(config: Config) -> int:
     import numpy as np
     import torch
 
+    from compression.choose import check_wish, choices_and_counts
     from data_loaders.open import open_dataset
     from dlrm_xla import compile_for, compile_report, tpu_compiler
     from dlrm_xla.console import Console
 
+    check_wish(config.method, config.train.optimizer, loading=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the compiler's process and its files go with this one
     tpu_compiler.require()
     tpu_compiler.check_topology(config.compile_for)
@@ -232,7 +230,8 @@ def compile_only(config: Config) -> int:
     data = open_dataset(config, rng, console.note)
     config = config.with_num_dense(data.num_dense)
     specs = table_specs(config, data)
-    trainer = build(config, specs, rng, tracer, device="meta", to_load=True)
+    choices, _ = choices_and_counts(specs, config.method, counter(config, data, specs))
+    trainer = build(config, specs, rng, tracer, device="meta", choices=choices, to_load=True)
     train = None if config.inference_only else next(data.train.batches())
     steps = compile_for.compile_steps(trainer, tracer, train, next(data.test.batches(), None), config.compile_for, console.note)
     if config.json_file:

@@ -57,7 +57,10 @@ def to_budget(
         if choice.method != "plain" and not METHODS[choice.method].sized_by:
             sized = ", ".join(sorted(name for name, method in METHODS.items() if method.sized_by))
             raise UserError(f"{flag}: {choice.method} has no knob that sets its size; it can be used with {sized}")
-    if any(choice.method != "plain" and METHODS[choice.method].spread for choice in choices):
+    shared = {choice.method for choice in choices if choice.method != "plain" and METHODS[choice.method].spread}
+    if shared and len({choice.method for choice in choices} - {"plain"}) > 1:
+        raise UserError(f"{flag}: one number sets the sizes of all tables of {', '.join(shared)}, so a budget takes no other method beside it")
+    if shared:
         return _shared_to_budget(specs, choices, budget, config)
     ladders = [_Ladder(spec, choice) for spec, choice in zip(specs, choices, strict=True)]
     full = sum(num_bytes(spec, PLAIN) for spec in specs)

@@ -1,6 +1,6 @@
 """Clustered compositional embeddings: e_i = concat_c (T0_c[h0_c(i)] + T1_c[h1_c(i)]), c chunks of D / chunks columns, tables of `rows` rows.
 
-Tsitsulin and Ahle, "Clustering the Sketch: Dynamic Compression for Embedding Tables", NeurIPS 2023, arXiv:2210.05974, algorithm 3. h1 is a hash,
+Tsang and Ahle, "Clustering the Sketch: Dynamic Compression for Embedding Tables", NeurIPS 2023, arXiv:2210.05974, algorithm 3. h1 is a hash,
 h0 a pointer for each id. After each of the first `until` epochs every chunk of the vectors of all ids is clustered: T0 becomes the centers of
 k-means, h0 the assignment, h1 a fresh hash and T1 the mean of what is left, v_i - T0[h0(i)], over the ids of each of its rows: the
 least-squares T1 for those pointers and hashes. So clustering frees the ids that met by chance to part, and brings similar ones together.
@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compression.codes import BLOCK, PackedIntegers, packed_bytes
 from compression.hashes import Hashes
@@ -38,21 +38,37 @@ ITERATIONS = 10
 Vectors = Callable[[np.ndarray], np.ndarray]  # ids [n] -> [n, D] float32
 
 
+class Lookups(nn.Module):
+    """How often each id was looked up: counts [N] float32, in checkpoints, so that a resumed run clusters as the whole one does."""
+
+    kind = "pointers"
+
+    def __init__(self, num_ids: int):
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(num_ids))
+
+    def add(self, ids: np.ndarray) -> None:
+        found, times = np.unique(ids, return_counts=True)
+        places = torch.from_numpy(found).to(self.counts.device)
+        self.counts.index_add_(0, places, torch.from_numpy(times).to(self.counts))
+
+
 class ClusteredTable(EmbeddingTable):
     """Parts "table0", "table1" [chunks x rows, D / chunks], a chunk's rows after those of another; pointers [N, chunks]; a hash for each chunk.
 
     until     epochs after which it clusters: the first `until`
     sample    ids for each center that k-means sees
-    weighted  ids count as often as training has looked them up, since the start or the resumption of the run
+    weighted  ids count as often as training has looked them up, which takes a number for each
     """
 
+    kind = "seeds"  # of the buffer that is this table's own
 
     def __init__(self, spec: TableSpec, rows: int, chunks: int, until: int, sample: int, weighted: bool, rng: np.random.RandomState):
         fill = partial(fill_uniform, rng=rng, bound=math.sqrt(0.5 / spec.num_embeddings))
         width = spec.embedding_dim // chunks
         super().__init__(spec, {"table0": Part(chunks * rows, width, fill), "table1": Part(chunks * rows, width, fill)})
         self.rows, self.chunks, self.until, self.sample, self.observes = rows, chunks, until, sample, weighted
-        self.counts = np.zeros(spec.num_embeddings) if weighted else None
+        self.lookups = Lookups(spec.num_embeddings) if weighted else None
         self.pointers = PackedIntegers(spec.num_embeddings, chunks, code_bits(rows), kind="pointers")
         self.has_pointers = False  # of a clustering
         self.hashes = Hashes(chunks, rng)
@@ -74,7 +90,7 @@ class ClusteredTable(EmbeddingTable):
         return rows[0] + rows[1]
 
     def observe(self, ids: np.ndarray) -> None:
-        np.add.at(self.counts, ids, 1.0)
+        self.lookups.add(ids)
 
     def reorganize(self, parts: dict[str, Tensor], epoch: int) -> bool:
         if epoch >= self.until:
@@ -90,7 +106,8 @@ class ClusteredTable(EmbeddingTable):
             return (tables[0][rows[0]] + tables[1][rows[1]]).reshape(len(ids), -1)
 
         rng = np.random.RandomState([int(self.seed.cpu()), epoch + 1])
-        for name, values in zip(("table0", "table1"), self.cluster(vectors, rng, importance(self.counts)), strict=True):
+        counts = None if self.lookups is None else self.lookups.counts.cpu().numpy().astype(np.float64)
+        for name, values in zip(("table0", "table1"), self.cluster(vectors, rng, importance(counts)), strict=True):
             parts[name].copy_(values)
         return True
 
@@ -139,7 +156,8 @@ def num_rows(spec: TableSpec, knobs: dict) -> int:
 
 def _num_bytes(spec: TableSpec, knobs: dict) -> int:
     rows, chunks = num_rows(spec, knobs), num_chunks("cce", spec, knobs)
-    return 8 * rows * spec.embedding_dim + packed_bytes(spec.num_embeddings, chunks, code_bits(rows)) + 8 * chunks + 4
+    counts = 4 * spec.num_embeddings if knobs["weighted"] else 0
+    return counts + 8 * rows * spec.embedding_dim + packed_bytes(spec.num_embeddings, chunks, code_bits(rows)) + 8 * chunks + 4
 
 
 def _create(spec: TableSpec, knobs: dict, making: Making) -> ClusteredTable:
@@ -157,7 +175,7 @@ def _convert(spec: TableSpec, knobs: dict, weight: np.ndarray, making: Making) -
 METHOD = Method(
     name="cce",
     title="clustered compositional embeddings: pointers from k-means after each of the first epochs, and a hash",
-    paper="Tsitsulin and Ahle, Clustering the Sketch, NeurIPS 2023, arXiv:2210.05974",
+    paper="Tsang and Ahle, Clustering the Sketch, NeurIPS 2023, arXiv:2210.05974",
     knobs=(
         Knob("rows", int, None, "of each table; default N / 64, at most N", least=1),
         Knob("chunks", int, None, "pieces of a vector, each with tables and pointers of its own; must divide D, default D / 4", least=1),

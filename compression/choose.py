@@ -10,7 +10,7 @@ import yaml
 
 from compression.budget import parse_budget, to_budget, with_spread
 from compression.method import PLAIN, Choice
-from compression.registry import METHODS, method_named, num_bytes, upstream_choices
+from compression.registry import METHODS, method_named, no_start, num_bytes, upstream_choices
 from dlrm_xla.config import MethodConfig
 from dlrm_xla.specs import TableSpec, UserError, size_text
 
@@ -63,7 +63,7 @@ def parse_wish(config: MethodConfig) -> Wish:
         wish = read_file(Path(config.compress_file), config.threshold)
     if config.compress:
         try:
-            wish = Wish(parse_asked(config.compress), config.threshold, wish.others)
+            wish = Wish(parse_asked(config.compress), wish.threshold, wish.others)
         except UserError as error:
             raise UserError(f"--compress={config.compress}: {error}") from None
     if config.compress_to:
@@ -71,12 +71,65 @@ def parse_wish(config: MethodConfig) -> Wish:
     return wish
 
 
-def wants_counts(config: MethodConfig) -> bool:
-    """Does a method that is asked for go by how often training looks ids up?"""
+def check_wish(config: MethodConfig, optimizer: str, loading: bool) -> None:
+    """What can be said before the data is read. loading: the tables' values come from a checkpoint."""
     if config.kind != "compress":
-        return False
+        return
+    flag = f"--compress-config={config.compress_file}" if config.compress_file else f"--compress={config.compress}"
+    for asked in asked_methods(config):
+        method = METHODS[asked.method]
+        if method.create is None and not loading:
+            raise UserError(f"{flag}: {no_start(method)}")
+        if method.optimizers and optimizer not in method.optimizers:
+            use = " or ".join(method.optimizers)
+            raise UserError(f"{flag}: {method.name} keeps no number for every weight, and --optimizer={optimizer} would; use {use}")
+
+
+def asked_methods(config: MethodConfig) -> list[Asked]:
+    """Every method that is asked for."""
     wish = parse_wish(config)
-    return any(asked.method != "plain" and METHODS[asked.method].needs_counts for asked in (wish.default, *wish.others.values()))
+    return [asked for asked in (wish.default, *wish.others.values()) if asked.method != "plain"]
+
+
+def wants_counts(config: MethodConfig) -> bool:
+    """Does a method that is asked for make use of how often training looks ids up?"""
+    return config.kind == "compress" and any(METHODS[asked.method].uses_counts(asked.choice().knobs) for asked in asked_methods(config))
+
+
+def choices_and_counts(
+    specs: list[TableSpec], config: MethodConfig, count: Callable[[], list[np.ndarray]] | None, saved: list[Choice] | None = None
+) -> tuple[list[Choice], list[np.ndarray] | None]:
+    """The choice for each table, and how often training looks ids up where a method makes use of it.
+
+    count  counts that over the training data; None: the data cannot be counted
+    saved  what the tables of a checkpoint were made by: they stay so, and UserError where something else is asked for
+    """
+    if saved is not None and len(saved) == len(specs):
+        _check_saved(config, saved)
+        return saved, None
+    counts = None
+    if wants_counts(config):
+        needed = next((asked.method for asked in asked_methods(config) if METHODS[asked.method].needs_counts), None)
+        if count is not None:
+            counts = count()
+        elif needed:
+            raise UserError(f"{needed}: goes by how often training looks ids up, which made-up data does not tell; use --data-generation=dataset")
+    return choose(specs, config, counts), counts
+
+
+def _check_saved(config: MethodConfig, saved: list[Choice]) -> None:
+    """Flags that say how tables are made must not say something else than the checkpoint."""
+    if config.kind != "compress":
+        return
+    wish = parse_wish(config)
+    for number, choice in enumerate(saved):
+        asked = wish.others.get(number, wish.default)
+        same = choice.method == asked.method and all(
+            choice.knobs[name] == asked.choice().knobs[name] for name in asked.given
+        )
+        if choice.method != "plain" and not same:
+            made = f"table {number} of the checkpoint was made by {choice.text()}"
+            raise UserError(f"--load-model: {made} and {asked.method} is asked for; leave --compress and --compress-config out to go on with it")
 
 
 def read_file(path: Path, threshold: int) -> Wish:

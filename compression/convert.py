@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from compression.choose import choose, parse_wish
+from compression.choose import asked_methods, choose, parse_wish
 from compression.convert_report import Row, json_of, lines
 from compression.method import PLAIN, Choice, Making
 from compression.registry import METHODS, num_bytes
@@ -67,9 +67,10 @@ def _run(args: argparse.Namespace, data_flags: list[str]) -> None:
     _check(args, data_flags)
     loaded = read(args.load_model, mapped=True)
     stored = stored_tables(loaded)
-    choices = _choices(args, loaded, stored)
-    counts = _counts(args, loaded, stored, choices, data_flags)
+    counts = _counts(args, loaded, stored, data_flags)
+    choices = _choices(args, loaded, stored, counts)
     optimizer = _Optimizer(loaded)
+    _check_optimizer(loaded, choices)
     rng = np.random.RandomState(args.numpy_rand_seed)
     done, rows = {}, []
     with tqdm(total=sum(t.spec.num_embeddings for t, c in zip(stored, choices, strict=True) if c != PLAIN), desc="converting", unit=" rows",
@@ -124,7 +125,15 @@ def _named(args: argparse.Namespace, work):
         raise UserError(str(error).replace(f"--compress={args.method}", f"--method={args.method}")) from None
 
 
-def _choices(args: argparse.Namespace, loaded: Checkpoint, stored: list[StoredTable]) -> list[Choice]:
+def _check_optimizer(loaded: Checkpoint, choices: list[Choice]) -> None:
+    trained = optimizer_name(loaded.optimizer) if loaded.optimizer else ""
+    for method in (METHODS[choice.method] for choice in choices if choice != PLAIN):
+        if trained and method.optimizers and trained not in method.optimizers:
+            use = " or ".join(method.optimizers)
+            raise UserError(f"--load-model={loaded.path}: was trained with --optimizer={trained}, and {method.name} goes with {use} only")
+
+
+def _choices(args: argparse.Namespace, loaded: Checkpoint, stored: list[StoredTable], counts: list[np.ndarray] | None) -> list[Choice]:
     """What each table is converted by; PLAIN for those that stay as they are. UserError where none is left to convert."""
     plain = [index for index, table in enumerate(stored) if table.choice == PLAIN]
     for table in stored:
@@ -143,7 +152,8 @@ def _choices(args: argparse.Namespace, loaded: Checkpoint, stored: list[StoredTa
             "and --compress-threshold"
         )
     specs = [stored[index].spec for index in plain]
-    chosen = dict(zip(plain, _named(args, lambda: choose(specs, _method_config(args))), strict=True))
+    known = None if counts is None else [counts[index] for index in plain]
+    chosen = dict(zip(plain, _named(args, lambda: choose(specs, _method_config(args), known)), strict=True))
     for choice in chosen.values():
         if choice != PLAIN and METHODS[choice.method].convert is None:
             names = ", ".join(sorted(name for name, method in METHODS.items() if method.convert is not None))
@@ -157,9 +167,10 @@ def _choices(args: argparse.Namespace, loaded: Checkpoint, stored: list[StoredTa
     return [chosen.get(index, PLAIN) for index in range(len(stored))]
 
 
-def _counts(args, loaded: Checkpoint, stored: list[StoredTable], choices: list[Choice], data_flags: list[str]) -> list[np.ndarray] | None:
+def _counts(args, loaded: Checkpoint, stored: list[StoredTable], data_flags: list[str]) -> list[np.ndarray] | None:
     """How often each id is looked up, where a method wants to know or data is named; None otherwise."""
-    want = [choice for choice in choices if choice != PLAIN and (METHODS[choice.method].needs_counts or choice.knobs.get("weighted"))]
+    asked = [one.choice() for one in asked_methods(_method_config(args))]
+    want = [choice for choice in asked if METHODS[choice.method].uses_counts(choice.knobs) or choice.knobs.get("weighted")]
     if not want and not data_flags:
         return None
     specs = [table.spec for table in stored]

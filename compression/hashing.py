@@ -2,7 +2,7 @@
 
 Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009, arXiv:0902.2206.
 Differs from the paper: a row is looked up for each id instead of a sum over features, and there is no sign hash, as is usual for embeddings
-(it would halve the bias of a sum, but turns ids of one row into opposites). With rows >= N an id is its own row.
+(ids of one row share what they learn; a sign would turn some into opposites). With rows >= N an id is its own row.
 Starting values: U(-sqrt(1/N), sqrt(1/N)), a plain table's, whose standard deviation is 1/sqrt(3N).
 
 Below, what other methods of hashed rows share: sums over the ids of a row, and how far a converted table is from the trained one.

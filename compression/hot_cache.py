@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compression.hot_counts import HotCounts, hot_counts_bytes
 from compression.hot_ids import HotIds, hot_ids_bytes, num_buckets
+from dlrm_xla.specs import UserError
 
 
 class HotCache(nn.Module):
@@ -40,10 +41,12 @@ class HotCache(nn.Module):
         return keys[slots].astype(np.int64), slots
 
     @torch.no_grad()
-    def refresh(self, rows: Tensor, wanted: np.ndarray, values: Callable[[np.ndarray], Tensor], fold: Callable[[np.ndarray, Tensor], None]) -> bool:
+    def refresh(
+        self, rows: Tensor, wanted: np.ndarray, values: Callable[[np.ndarray], Tensor], fold: Callable[[np.ndarray, Tensor], float | None]
+    ) -> bool:
         """`wanted` [n] take the place of what was here. rows [num_slots, dim]: on the host, changed in place. True where anything changed.
 
-        values  ids [n] -> [n, dim] of the compressed table;  fold: (ids [n], deltas [n, dim]) into it
+        values  ids [n] -> [n, dim] of the compressed table;  fold: (ids [n], deltas [n, dim]) into it, the share that it took
         """
         old, old_slots = self.held()
         self.origin = np.arange(self.num_slots)
@@ -53,7 +56,12 @@ class HotCache(nn.Module):
         stays = np.isin(old, wanted)
         gone, gone_slots = old[~stays], old_slots[~stays]
         if len(gone):
-            fold(gone, rows[gone_slots] - loaded[gone_slots])
+            done = fold(gone, rows[gone_slots] - loaded[gone_slots])
+            if done is not None and done < 1 - 1e-6:
+                raise UserError(
+                    f"tt:cache={self.ids.num_slots}: what {len(gone)} cached rows have learnt cannot be written back whole ({100 * done:.0f} % was); "
+                    "a lower --learning-rate or a smaller cache may help"
+                )
         kept, kept_slots = old[stays], old_slots[stays]
         kept_rows, kept_loaded = rows[kept_slots].clone(), loaded[kept_slots].clone()
         new = wanted[~np.isin(wanted, old)]

@@ -142,5 +142,6 @@ METHOD = Method(
     exact_at=lambda spec: {"hot": float(spec.num_embeddings), "rows": 1},
     check=_check,
     needs_counts=True,
+    uses_counts=lambda knobs: True,
     weighted=True,
 )

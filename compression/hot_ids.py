@@ -2,7 +2,7 @@
 
 Two-choice cuckoo hashing in buckets of four (Dietzfelbinger, Weidling, "Balanced allocation and dictionaries with tightly packed constant size
 bins", ICALP 2005): an id lies in one of two buckets, so a lookup reads 2 x 4 keys whatever the number of ids. Such a table can be filled up to
-97.6 %; this one is filled up to 95 %. 4.2 bytes an id, where an array with a place for each id of a table takes 4 bytes for every id there is.
+98 %; this one is filled up to 95 %. 4.2 bytes an id, where an array with a place for each id of a table takes 4 bytes for every id there is.
 """
 
 import numpy as np

@@ -1,6 +1,7 @@
 """Low-precision training: rows of int8 numbers with a scale, read by multiplying, written by rounding stochastically. "lpt".
 
-Xu et al., "ALPT: Adaptive Low-Precision Training for Embedding Tables", AAAI 2023, arXiv:2212.05735 (its LPT; ALPT learns the scales by gradients).
+Li et al., "Adaptive Low-Precision Training for Embeddings in Click-Through Rate Prediction", AAAI 2023, arXiv:2212.05735 (its LPT, after Xu et al.,
+SIGMOD 2021; its ALPT learns the scales by gradients).
 Differs from the paper: a scale for each row instead of one for the table, starting at the range of the row's first values and growing where an
 update would leave it; the noise of the rounding is a hash of row, column and the number of updates, so runs repeat. The rows live in
 dlrm_xla/quantized_store.py.
@@ -50,10 +51,11 @@ def _convert(spec: TableSpec, knobs: dict, weight: np.ndarray, making: Making) -
 METHOD = Method(
     name="lpt",
     title="int8 rows trained with stochastic rounding (low-precision training)",
-    paper="Xu et al., ALPT: Adaptive Low-Precision Training for Embedding Tables, AAAI 2023, arXiv:2212.05735",
+    paper="Li et al., Adaptive Low-Precision Training for Embeddings in Click-Through Rate Prediction, AAAI 2023, arXiv:2212.05735",
     knobs=(),
     bytes_formula="N (D + 4)",
     num_bytes=_num_bytes,
     create=_create,
     convert=_convert,
+    optimizers=("sgd", "rwsadagrad"),
 )

@@ -1,5 +1,6 @@
 """What a compression method is to the rest: its name, knobs, size and the functions that make a table by it. The file to read before a method's."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -64,7 +65,9 @@ class Method:
     spread         (specs, knobs) -> knobs of each table, where they depend on all tables together; sized_by is then one number for all
     exact_at       knobs at which `convert` gives any table back, up to float32 rounding
     check          raises UserError where knobs do not go with a table
-    needs_counts   `create` wants Making.counts
+    needs_counts   `create` cannot do without Making.counts
+    uses_counts    knobs -> `create` makes use of them where they are known
+    optimizers     the only ones that go with it; (): all
     weighted       `convert` weights ids by Making.counts where its knob `weighted` says so
     trainable      training changes the converted table
     """
@@ -84,6 +87,8 @@ class Method:
     exact_at: Callable[[TableSpec], dict] | None = None
     check: Callable[[TableSpec, dict], None] | None = None
     needs_counts: bool = False
+    uses_counts: Callable[[dict], bool] = lambda knobs: False
+    optimizers: tuple[str, ...] = ()
     weighted: bool = False
     trainable: bool = True
 
@@ -112,9 +117,13 @@ def _value(method: str, knob: Knob, text: str):
         if text.lower() not in ("true", "false"):
             raise UserError(f"{where}: must be true or false")
         return text.lower() == "true"
+    if knob.kind is str:
+        return text
     try:
         value = knob.kind(text)
-    except ValueError:
+        if not math.isfinite(value):
+            raise ValueError
+    except (ValueError, OverflowError):
         raise UserError(f"{where}: must be {'a whole number' if knob.kind is int else 'a number'}") from None
     low = knob.least is not None and not value >= knob.least
     if low or (knob.most is not None and not value <= knob.most):

@@ -36,15 +36,15 @@ def dimensions(table_rows: list[int], temperature: float, base_dim: int, round_d
 class MixedDimTable(EmbeddingTable):
     """N rows of `width` numbers and a projection [D, width]; with width == D no projection.
 
-    rng draws the rows; torch's stream draws the projection, after what upstream's layers draw and overwrite.
+    rng draws the rows; torch's stream draws the projection, with replay_torch after what upstream's layers draw and overwrite.
     """
 
     # the projection is linear: projecting the pooled rows is the same and cheaper
     pools_before_combine = True
 
-    def __init__(self, spec: TableSpec, width: int, rng: np.random.RandomState):
-        discarded = torch.empty(spec.num_embeddings, width).normal_()
-        nn.init.xavier_uniform_(discarded)
+    def __init__(self, spec: TableSpec, width: int, rng: np.random.RandomState, replay_torch: bool = True):
+        if replay_torch:
+            nn.init.xavier_uniform_(torch.empty(spec.num_embeddings, width).normal_())
         projection = nn.Linear(width, spec.embedding_dim, bias=False) if width < spec.embedding_dim else nn.Identity()
         if isinstance(projection, nn.Linear):
             nn.init.xavier_uniform_(projection.weight)
@@ -70,7 +70,7 @@ def _num_bytes(spec: TableSpec, knobs: dict) -> int:
 
 
 def _create(spec: TableSpec, knobs: dict, making: Making) -> EmbeddingTable:
-    return MixedDimTable(spec, knobs["width"], making.rng)
+    return MixedDimTable(spec, knobs["width"], making.rng, making.replay_torch)
 
 
 def _spread(specs: list[TableSpec], knobs: dict) -> list[dict]:

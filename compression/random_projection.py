@@ -33,6 +33,8 @@ FAMILIES = ("orthogonal", "gaussian", "sign")
 class RandomProjectionTable(EmbeddingTable):
     """projection: [rank, D], kept. fill: of the rows [N, rank]."""
 
+    kind = "seeds"  # of its fixed matrix, which a seed could make again
+
     pools_before_combine = True  # linear
 
     def __init__(self, spec: TableSpec, projection: np.ndarray, fill: Callable[[Tensor], None]):

@@ -66,18 +66,21 @@ def create_table(spec: TableSpec, choice: Choice, making: Making, to_load: bool 
     if choice.method == "plain":
         return PlainTable(spec, partial(fill_table, rng=making.rng, replay_torch=making.replay_torch))
     method = METHODS[choice.method]
-    if method.check is not None:
-        method.check(spec, choice.knobs)
     make = method.shell if to_load and method.shell is not None else method.create
     if make is None:
-        trained = ", ".join(sorted(name for name, other in METHODS.items() if other.create is not None))
-        raise UserError(
-            f"{method.name}: is made from a trained table (python -m compression convert --method {method.name}) and cannot be trained from the "
-            f"start; methods that can are {trained}"
-        )
+        raise UserError(no_start(method))
     table = make(spec, choice.knobs, making)
     table.made_by = choice
     return table
+
+
+def no_start(method: Method) -> str:
+    """Why a run cannot begin with such a table."""
+    others = ", ".join(sorted(name for name, other in METHODS.items() if other.create is not None))
+    return (
+        f"{method.name} is made from a trained table (python -m compression convert --method {method.name}) and cannot be trained from the start; "
+        f"methods that can are {others}"
+    )
 
 
 def create_tables(

@@ -4,7 +4,8 @@
     published:  e(i)[jZ + t] = g_j(i) A[(h_j(i) + t) mod S]                A: S numbers
 
 h_j chooses a line, or a number; o_j an offset within a line, a multiple of the knob `step`; g_j is 1 or -1 where the knob `sign` says so.
-Desai, Chou, Shrivastava, "Random Offset Block Embedding Array (ROBE) for CriteoTB Benchmark MLPerf DLRM Model", MLSys 2022, arXiv:2108.02191.
+Desai, Chou, Shrivastava, "Random Offset Block Embedding (ROBE) for compressed embedding tables in deep learning recommendation systems", MLSys 2022,
+arXiv:2108.02191.
 Differs from the paper: a stretch wraps round its line of 128 instead of the whole array, so that a lookup on a TPU reads one line of its memory
 instead of Z single numbers (benchmarks/robe.py); each table has an array of its own; Z divides D. The knob aligned=false is the published form.
 A step of 8 costs a TPU a tenth less at D = 16 and lost 0.004 AUC at 30x on the real rows (three seeds), so a stretch starts at any number.
@@ -148,7 +149,7 @@ def _places(table: RobeTable, ids: Tensor) -> Tensor:
 METHOD = Method(
     name="robe",
     title="ROBE: vectors are overlapping stretches of one array",
-    paper="Desai et al., Random Offset Block Embedding Array (ROBE) for CriteoTB Benchmark MLPerf DLRM Model, MLSys 2022, arXiv:2108.02191",
+    paper="Desai et al., Random Offset Block Embedding (ROBE) for compressed embedding tables, MLSys 2022, arXiv:2108.02191",
     knobs=(
         Knob("lines", int, None, "length of the array, in lines of 128 numbers; without it a tenth of the table's", least=1),
         Knob("block", int, None, "Z, numbers that lie side by side; without it the whole vector, or the most that fits a line", least=1),

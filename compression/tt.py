@@ -199,7 +199,8 @@ def _method(name: str, title: str, create) -> Method:
         }[name],
         knobs=KNOBS, bytes_formula="4 sum_k p_k R_{k-1} q_k R_k + 8.4 cache D + 52 cache",
         num_bytes=partial(_num_bytes, name), create=create, shell=_create, convert=partial(_convert, name), sized_by="rank",
-        sized_most=partial(_most, name), exact_at=partial(_exact_at, name), check=lambda spec, knobs: _shape(name, spec, knobs) and None,
+        sized_most=partial(_most, name),
+        uses_counts=lambda knobs: knobs["cache"] > 0, exact_at=partial(_exact_at, name), check=lambda spec, knobs: _shape(name, spec, knobs) and None,
     )  # fmt: skip
 
 

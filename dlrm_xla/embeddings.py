@@ -278,7 +278,8 @@ class EmbeddingCollection(nn.Module):
             if table.reorganize({name: part["weight"] for name, part in zip(names, own, strict=True)}, epoch):
                 changed = True
                 for name, part in zip(names, own, strict=True):
-                    _move_states({key: value for key, value in part.items() if key != "weight"}, table.state_from and table.state_from[name])
+                    states = [part[key] for key in (*self.rule.record[1:], *self.rule.scalars)]
+                    _move_states(states, table.state_from and table.state_from[name])
         if changed:
             for store, of_store in zip(self.stores, buffers, strict=True):
                 store.load(of_store)
@@ -369,9 +370,9 @@ class _Bags:
         return self.sums.narrow(0, *place).view(batch, tables, -1)
 
 
-def _move_states(states: dict[str, Tensor], origin: np.ndarray | None) -> None:
+def _move_states(states: list[Tensor], origin: np.ndarray | None) -> None:
     """states [num_rows] or [num_rows, d], in place: each row's becomes that of row origin[i], zero for -1."""
-    for value in states.values():
+    for value in states:
         if origin is None:
             value.zero_()
         else:

@@ -1,8 +1,9 @@
-"""Rows of int8 numbers with a scale for each, trained as they are: no float32 copy of the table exists.
+"""Rows of int8 numbers with a scale for each, trained as they are: a float32 copy of a table exists while its starting values are drawn, never later.
 
-A row is q x scale, q in -127..127. An update reads the row, adds the rule's step in float32 and rounds stochastically back to q (Xu et al., "ALPT:
-Low-precision training of embedding tables", AAAI 2023, arXiv:2212.05735, eq. 4), up with the probability that makes the mean right: a step much
-smaller than the scale is not lost, it happens seldom. A row's scale grows where the row would leave the range and never shrinks.
+A row is q x scale, q in -127..127. An update reads the row, adds the rule's step in float32 and rounds stochastically back to q (Li et al.,
+"Adaptive Low-Precision Training for Embeddings in Click-Through Rate Prediction", AAAI 2023, arXiv:2212.05735), up with the probability that makes
+the mean right: a step much smaller than the scale is not lost, it happens seldom. A row's scale grows where the row would leave the range and
+never shrinks.
 
 Four numbers of a row share an int32 word, so that rows lie in lines of 128 lanes as float32 rows do, and an update adds the difference of two words:
 additions of integers are exact, and those of zero leave a row's other lookups alone.
@@ -19,9 +20,10 @@ from dlrm_xla.ops.bags import distinct_row_grads, pack
 from dlrm_xla.ops.noise import uniform_noise
 from dlrm_xla.ops.rows import count_up, sum_duplicates, sum_sorted
 from dlrm_xla.specs import UserError
+from dlrm_xla.stores import check_rows
 
 LARGEST = 127
-FILL_ROWS = 1 << 18  # float32 rows at a time while starting values are drawn
+FILL_ROWS = 1 << 18  # rows rounded at a time
 LEAST_SCALE = 1e-12
 
 
@@ -38,6 +40,7 @@ class QuantizedStore(nn.Module):
         super().__init__()
         if rule.record != ("weight",):
             raise UserError(f"int8: --optimizer={rule.name} keeps a float32 number for every int8 number of a table; use sgd or rwsadagrad")
+        check_rows(num_rows, width, layout)
         self.num_rows, self.width, self.rule, self.layout = num_rows, width, rule, layout
         self.num_words, self.record_width = -(-width // 4), width + 1
         words, self.regions = layout.regions(num_rows, {"data": self.num_words})
@@ -127,10 +130,10 @@ class QuantizedStore(nn.Module):
         return {name: getattr(self, name).cpu() for name in self.buffer_names}
 
     def fields(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Views of on_host() by name: "weight" [V, d] int8, "scale" [V], each scalar [V]."""
+        """Views of on_host() by name: "weight" [V, 4 ceil(d / 4)] int8, "scale" [V], each scalar [V]."""
         whole = {name: self.layout.as_rows(buffers[region.buffer], region, self.num_rows) for name, region in self.regions.items()}
         words = whole.pop("data")
-        return {"weight": words.view(torch.int8)[:, : self.width]} | whole
+        return {"weight": words.view(torch.int8)} | whole
 
     def saved(self, fields: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
         return {"": fields["weight"][rows], "_scale": fields["scale"][rows]}
@@ -138,7 +141,7 @@ class QuantizedStore(nn.Module):
     def weight(self) -> Tensor:
         """[V, d] float32, a copy."""
         fields = self.fields(self.on_host())
-        return fields["weight"].float() * fields["scale"][:, None]
+        return fields["weight"][:, : self.width].float() * fields["scale"][:, None]
 
     @torch.no_grad()
     def fill(self, start: int, num_rows: int, fill: Callable[[Tensor], None]) -> None:
@@ -151,7 +154,7 @@ class QuantizedStore(nn.Module):
             here = slice(start + first, start + first + piece.shape[0])
             scale = (piece.abs().amax(1) / LARGEST).clamp_min(LEAST_SCALE)
             fields["scale"][here] = scale
-            fields["weight"][here] = torch.round(piece / scale[:, None]).to(torch.int8)
+            fields["weight"][here, : self.width] = torch.round(piece / scale[:, None]).to(torch.int8)
 
     @torch.no_grad()
     def load(self, buffers: dict[str, Tensor]) -> None:

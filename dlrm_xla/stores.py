@@ -18,6 +18,16 @@ from dlrm_xla.ops.rows import sum_duplicates, sum_sorted
 from dlrm_xla.specs import UserError
 
 
+def check_rows(num_rows: int, width: int, layout: Layout) -> None:
+    """UserError for more rows than the layout can number."""
+    most = torch.iinfo(layout.index_dtype).max
+    if num_rows > most:
+        raise UserError(
+            f"--table-layout={layout.name}: the tables of width {width} have {num_rows} rows together and rows are numbered up to {most}; "
+            "make them smaller (--max-ind-range, --compress)" + ("" if layout.name == "rows" else ", or take --table-layout=rows")
+        )
+
+
 class RowStore(nn.Module):
     """V rows of d float32 numbers and their optimizer's state, in one layout.
 
@@ -28,12 +38,7 @@ class RowStore(nn.Module):
 
     def __init__(self, num_rows: int, width: int, rule, layout: Layout, device: str = "cpu"):
         super().__init__()
-        most = torch.iinfo(layout.index_dtype).max
-        if num_rows > most:
-            raise UserError(
-                f"--table-layout={layout.name}: the tables of width {width} have {num_rows} rows together and rows are numbered up to {most}; "
-                "make them smaller (--max-ind-range, --qr-flag)" + ("" if layout.name == "rows" else ", or take --table-layout=rows")
-            )
+        check_rows(num_rows, width, layout)
         self.num_rows, self.width, self.rule, self.layout = num_rows, width, rule, layout
         self.record_width = width * len(rule.record)
         shapes, self.regions = layout.regions(num_rows, {"data": self.record_width, **dict.fromkeys(rule.scalars, 0)})

@@ -79,7 +79,7 @@ def test_a_clustering(rows, dim, weighted, monkeypatch):
             seen = np.random.RandomState(1).zipf(1.3, 5000) % rows
             table.observe(seen)
         counts = 3.0 * np.bincount(seen, minlength=rows)
-        assert np.array_equal(table.counts, counts)
+        assert np.array_equal(table.lookups.counts, counts)
         counts = np.maximum(counts / counts.mean(), 1e-12)
     before, seeds = by_loops(table, parts), table.hashes.seeds.clone()
     assert table.reorganize(parts, 0)

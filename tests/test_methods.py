@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import xla_or_skip
 
+from compression.choose import parse_asked
 from compression.ledger import ledger
-from compression.method import Choice, Making
+from compression.method import Choice, Making, Method
 from compression.registry import METHODS, create_table, num_bytes
 from dlrm_xla import backends
 from dlrm_xla.embeddings import EmbeddingCollection
@@ -23,17 +24,29 @@ from dlrm_xla.specs import TableSpec
 
 SIZES, DIM, BATCH = (1, 7, 97, 10_007), 16, 6
 LAYOUTS = {"rows": RowsLayout(add_rows_scatter, ragged=False), "ragged": RowsLayout(add_rows_scatter, ragged=True), "packed": PackedLayout()}
-NAMES = sorted(METHODS)
+# other forms of methods that the contract holds too: what runs are made of is not the defaults alone
+FORMS = (
+    "hot_cold:width=4", "cce:chunks=1", "cce:weighted=true", "pq:chunks=1", "robe:aligned=false", "tt:cache=20", "tt:cores=2", "qr:operation=add",
+    "qr:operation=concat", "double_hash:combine=concat", "memcom:bias=true", "compositional:operation=add", "random_projection:family=sign",
+)  # fmt: skip
+NAMES = [*sorted(METHODS), *FORMS]
 
 
 def spec_of(rows: int, hotness: int = 1, pooling: str = "sum") -> TableSpec:
     return TableSpec("emb_l.0", rows, DIM, hotness, pooling)
 
 
+def method_of(name: str) -> Method:
+    """Of a method's name, or of a form of it: "hot_cold:width=4"."""
+    return METHODS[name.partition(":")[0]]
+
+
 def knobs_of(name: str, spec: TableSpec, **given) -> dict:
     """The defaults, the sizing knob brought into this table's range."""
-    method = METHODS[name]
-    knobs = {**method.knob_values({}), **given}
+    method = method_of(name)
+    knobs = {**method.knob_values(parse_asked(name).given), **given}
+    if "cache" in knobs:
+        knobs["cache"] = min(knobs["cache"], spec.num_embeddings)
     if method.sized_most is not None and method.sized_by not in given:
         least = int(method.knob(method.sized_by).least or 1)
         knobs[method.sized_by] = max(least, min(knobs[method.sized_by] or 8, method.sized_most(spec, knobs)))
@@ -55,13 +68,13 @@ def trained(rows: int, dim: int = DIM) -> np.ndarray:
 
 
 def make_table(name: str, spec: TableSpec, seed: int = 0, **given):
-    method, knobs = METHODS[name], knobs_of(name, spec, **given)
+    method, knobs = method_of(name), knobs_of(name, spec, **given)
     making = Making(np.random.RandomState(seed), counts_of(spec.num_embeddings))
     torch.manual_seed(seed)
     if method.create is not None:
-        return create_table(spec, Choice(name, knobs), making)
+        return create_table(spec, Choice(method.name, knobs), making)
     table = method.convert(spec, knobs, trained(spec.num_embeddings), making).table
-    table.made_by = Choice(name, knobs)
+    table.made_by = Choice(method.name, knobs)
     return table
 
 
@@ -152,7 +165,7 @@ def test_row_gradients_are_autograds_in_float64(name, rows):
     lookup = collection.lookup(ids, None)
     torch.testing.assert_close(lookup.pooled[:, 0].double(), dense.detach(), atol=1e-6, rtol=1e-5)
     backward((lookup.pooled[:, 0] * direction.float()).sum())
-    assert lookup.pooled.requires_grad == (METHODS[name].trainable)
+    assert lookup.pooled.requires_grad == (method_of(name).trainable)
     for index, (segment, part) in enumerate(zip(collection.segments[0], parts, strict=True)):
         store = collection.stores[segment.store]
         slot = lookup.slots[segment.store]
@@ -203,11 +216,41 @@ def test_the_order_of_a_batch_does_not_matter(name, layout):
             torch.testing.assert_close(value, states[1][key], atol=1e-6, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.parametrize("rule", ["adagrad", "rwsadagrad"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in NAMES if method_of(name).trainable and method_of(name).name != "lpt"])
+def test_two_steps_of_adagrad_equal_a_dense_one_in_float64(name, layout, rule):
+    """Ids that share rows, and read one row twice, in a batch: what is added up before the rule sees it, by autograd over whole parts."""
+    spec = spec_of(23, 3)
+    small = {"hash": {"rows": 2}, "double_hash": {"rows": 2}, "hash_embeddings": {"rows": 2}, "robe": {"lines": 1}, "cce": {"rows": 3}}
+    collection = collection_of(name, spec, layout, rule, **small.get(method_of(name).name, {}))
+    dense, twin = dense_of(collection), copy.deepcopy(collection.tables[0]).double()
+    parts = [collection.part_rows(segment).double().clone() for segment in collection.segments[0]]
+    trained = [*parts, *(parameter.detach() for parameter in twin.parameters())]
+    sums = [torch.zeros_like(value) for value in trained]
+    for seed in range(2):
+        ids, target = batch_of(spec, seed), torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(seed))
+        leaves = [part.clone().requires_grad_() for part in parts]
+        flat = tuple(part[of_part].reshape(BATCH, 3, -1) for part, of_part in zip(leaves, twin.row_ids(ids.long()), strict=True))
+        (twin.combine(flat, ids.long()).sum(1) - target).square().sum(1).mean().backward()
+        for index, (value, leaf) in enumerate(zip(trained, [*leaves, *twin.parameters()], strict=True)):
+            rowwise = rule == "rwsadagrad" and index < len(parts)
+            sums[index] += leaf.grad.square().mean(1, keepdim=True) if rowwise else leaf.grad.square()
+            with torch.no_grad():
+                value -= 0.1 * leaf.grad / (sums[index].sqrt() + 1e-10)
+            leaf.grad = None
+        step(collection, dense, ids, None, target)
+    found = [*(collection.part_rows(segment) for segment in collection.segments[0]), *collection.tables[0].parameters()]
+    for index, (value, total, other) in enumerate(zip(trained, sums, found, strict=True)):
+        sure = (total > 1e-8).expand_as(value)  # where a gradient is rounding alone, its sign is none
+        torch.testing.assert_close(other.double()[sure], value[sure], atol=2e-4, rtol=1e-3, msg=lambda text, i=index: f"{i}: {text}")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_seed_decides_everything(name):
     first, again, other = (state_of(collection_of(name, spec_of(97), seed=seed)) for seed in (1, 1, 2))
     assert all(torch.equal(value, again[key]) for key, value in first.items())
-    if METHODS[name].create is not None:
+    if method_of(name).create is not None:
         assert any(not torch.equal(value, other[key]) for key, value in first.items())
 
 
@@ -260,14 +303,19 @@ def test_xla_equals_the_cpu_and_compiles_once(name, rule):
         torch.testing.assert_close(vectors, here.materialize(0, torch.arange(97)), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if METHODS[name].trainable])
+# half of its vector depends on the quotient alone, which says nothing of these groups
+CANNOT_FIT = ("qr:operation=concat",)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if method_of(name).trainable and name not in CANNOT_FIT])
 def test_300_steps_fit_a_known_function(name):
-    """Vectors that depend on a few groups of ids, at the largest useful size: every method comes near them."""
+    """Vectors that depend on a few groups of ids, at the largest useful size: every method learns them."""
     rows, groups = 60, 4
-    spec, method = spec_of(rows), METHODS[name]
+    spec, method = spec_of(rows), method_of(name)
     given = {}
     if method.sized_most is not None:
-        given[method.sized_by] = method.sized_most(spec, method.knob_values({}))
+        given[method.sized_by] = method.sized_most(spec, knobs_of(name, spec))
+    given |= {"qr": {"collisions": groups}, "robe": {"lines": 512}}.get(method.name, {})  # ids modulo 4 are the groups; stretches that hardly overlap
     rng = np.random.RandomState(0)
     wanted = torch.from_numpy(rng.randn(groups, DIM)).float()[torch.arange(rows) % groups] * 0.5
     collection = collection_of(name, spec, rule="rwsadagrad", **given)
@@ -277,14 +325,15 @@ def test_300_steps_fit_a_known_function(name):
         ids = torch.from_numpy(rng.randint(0, rows, (64, 1))).int()
         losses.append(float(step(collection, dense, ids, None, wanted[ids[:, 0].long()], rate=0.1)))
         assert np.isfinite(losses[-1]), f"step {index}"
-    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:3]), (np.mean(losses[:3]), np.mean(losses[-20:]))
+    share = 0.2 if "sign" in name else 0.1  # a square matrix of signs is nearly singular
+    assert np.mean(losses[-20:]) < share * np.mean(losses[:3]), (np.mean(losses[:3]), np.mean(losses[-20:]))
 
 
 @pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize("name", [name for name in NAMES if METHODS[name].exact_at is not None])
+@pytest.mark.parametrize("name", [name for name in sorted(METHODS) if METHODS[name].exact_at is not None])
 def test_at_its_exact_setting_it_is_the_plain_table(name, rows):
-    spec, weight, method = spec_of(rows), trained(rows), METHODS[name]
-    knobs = {**method.knob_values({}), **method.exact_at(spec)}
+    spec, weight, method = spec_of(rows), trained(rows), method_of(name)
+    knobs = {**method.knob_values(parse_asked(name).given), **method.exact_at(spec)}
     converted = method.convert(spec, knobs, weight, Making(np.random.RandomState(0), counts_of(rows)))
     collection = EmbeddingCollection([converted.table], None, RULES["sgd"](), LAYOUTS["rows"])
     torch.testing.assert_close(collection.materialize(0, torch.arange(rows)), torch.from_numpy(weight), atol=1e-5, rtol=1e-5)
