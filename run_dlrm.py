@@ -105,6 +105,17 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
         debug.print_data(console.line, data.train, data.hotness)
     saved = recorded(loaded.tables) if loaded is not None and loaded.tables else None
     choices, counts = choices_and_counts(specs, config.method, counter(config, data, specs), saved)
+    shapes = {} if loaded is None or saved else {name: tuple(weight.shape) for name, weight in loaded.weights.items()}
+    asked = [choice.text() for choice in choices if choice.method != "plain"]
+    if config.method.kind == "compress" and asked and all(shapes.get(f"{s.name}.weight") == (s.num_embeddings, s.embedding_dim) for s in specs):
+        raise UserError(
+            f"--load-model={output.load_model}: its tables are plain, and {asked[0]} is asked for; convert it first: python -m compression convert"
+        )
+    if config.quantize_embedding_bits != 32 and any(choice.method != "plain" for choice in choices):
+        raise UserError(
+            f"--quantize-emb-with-bit={config.quantize_embedding_bits}: quantizes plain tables, and some of {output.load_model} are compressed; leave "
+            "it out, or make int8 tables of a plain checkpoint with python -m compression convert --method int8"
+        )
     trainer = build(config, specs, rng, backend, choices=choices, counts=counts, to_load=loaded is not None)
     del counts
     if any(choice.method != "plain" for choice in choices):

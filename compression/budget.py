@@ -20,7 +20,10 @@ def parse_budget(text: str, full_bytes: int) -> int:
             raise UserError(f"--compress-to={text}: must be at least 1x, or a size as 5MB")
         return int(full_bytes / float(found[1]))
     try:
-        return parse_size("--compress-to", text)
+        size = parse_size("--compress-to", text)
+        if re.fullmatch(r"[\d.\s]+", text):
+            raise UserError("")
+        return size
     except UserError:
         raise UserError(f"--compress-to={text}: must be a ratio, as 100x, or a size, as 5MB") from None
 
@@ -55,7 +58,8 @@ def to_budget(
     flag = f"--compress-to={config.compress_to}"
     for choice in choices:
         if choice.method != "plain" and not METHODS[choice.method].sized_by:
-            sized = ", ".join(sorted(name for name, method in METHODS.items() if method.sized_by))
+            start = METHODS[choice.method].create is not None
+            sized = ", ".join(sorted(name for name, method in METHODS.items() if method.sized_by and (method.create is not None) == start))
             raise UserError(f"{flag}: {choice.method} has no knob that sets its size; it can be used with {sized}")
     shared = {choice.method for choice in choices if choice.method != "plain" and METHODS[choice.method].spread}
     if shared and len({choice.method for choice in choices} - {"plain"}) > 1:
@@ -69,8 +73,8 @@ def to_budget(
         fixed = sum(num_bytes(spec, choice) for spec, choice in zip(specs, choices, strict=True) if choice.method == "plain")
         raise UserError(
             f"{flag}: the tables would have to fit into {size_text(budget)} of {size_text(full)}, and no knob makes them smaller than "
-            f"{size_text(least)} ({full / least:.3g}x), {size_text(fixed)} of that in tables of at most {config.threshold} rows, which stay plain; "
-            "ask for less, take another method, or lower --compress-threshold"
+            f"{size_text(least)} ({full / least:.3g}x), {size_text(fixed)} of that in tables that stay plain "
+            f"(--compress-threshold={config.threshold}); ask for less, take another method, or lower --compress-threshold"
         )
     if counts is not None and all(choice.method == "plain" or METHODS[choice.method].needs_counts for choice in choices):
         levels = _ByTraffic(ladders, counts)

@@ -91,7 +91,7 @@ def in_full(method: Method) -> list[str]:
     lines = [method.name, *(f"  {name:14} {value}" for name, value in facts), "  knobs" + ("" if method.knobs else "          none")]
     for knob in method.knobs:
         lines += textwrap.wrap(f"{knob_text(knob)}: {knob.help}", WIDTH, initial_indent="    ", subsequent_indent="      ")
-    example = next((f":{knob.name}={knob.default}" for knob in method.knobs if knob.default is not None and knob.kind is not bool), "")
+    example = next((f":{knob.name}={knob.default}" for knob in method.knobs if knob.default not in (None, "", 0) and knob.kind is not bool), "")
     if method.create is not None:
         lines.append(f"  train: python run_dlrm.py --compress={method.name}{example} ...")
     if method.convert is not None:

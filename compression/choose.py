@@ -28,7 +28,7 @@ class Asked:
 
 def parse_asked(text: str) -> Asked:
     """"tt:rank=16,cores=3" or "plain". UserError for a name, a knob or a value that is none."""
-    name, _, rest = text.partition(":")
+    name, _, rest = (part.strip() for part in text.partition(":"))
     if name == "plain":
         if rest:
             raise UserError(f"{text}: plain tables have no knobs")
@@ -36,7 +36,7 @@ def parse_asked(text: str) -> Asked:
     method = method_named(name)
     given: dict[str, str] = {}
     for pair in rest.split(",") if rest else ():
-        knob, equals, value = pair.partition("=")
+        knob, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not knob or not value:
             names = ", ".join(one.name for one in method.knobs) or "none"
             raise UserError(f"{text}: {pair!r} is not of the form knob=value; {name} has the knobs {names}")
@@ -61,6 +61,8 @@ def parse_wish(config: MethodConfig) -> Wish:
     wish = Wish(Asked("plain", {}), config.threshold, {})
     if config.compress_file:
         wish = read_file(Path(config.compress_file), config.threshold)
+    if config.compress and wish.default.method != "plain":
+        raise UserError(f"--compress={config.compress}: {config.compress_file} has a default of its own; leave one of them out")
     if config.compress:
         try:
             wish = Wish(parse_asked(config.compress), wish.threshold, wish.others)
@@ -68,6 +70,11 @@ def parse_wish(config: MethodConfig) -> Wish:
             raise UserError(f"--compress={config.compress}: {error}") from None
     if config.compress_to:
         parse_budget(config.compress_to, 1)
+        for asked in (wish.default, *wish.others.values()):
+            sized_by = METHODS[asked.method].sized_by if asked.method != "plain" else ""
+            if sized_by in asked.given:
+                given = f"{asked.method}:{sized_by}={asked.given[sized_by]}"
+                raise UserError(f"--compress-to={config.compress_to}: sets {sized_by} of {asked.method}, and {given} does too; leave one of them out")
     return wish
 
 

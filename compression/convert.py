@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     def option(name: str, help: str, metavar: str = "FILE", **more) -> None:
         parser.add_argument(name, help=help, metavar=metavar, **more)
 
-    option("--load-model", "the trained checkpoint; it stays as it is", type=Path, required=True)
-    option("--save-model", "the new checkpoint", type=Path, required=True)
+    option("--load-model", "the trained checkpoint; it stays as it is", type=Path)
+    option("--save-model", "the new checkpoint", type=Path)
     option("--method", "how, as svd:rank=4; python -m compression list", "METHOD", default="")
     option("--compress-to", "all plain tables together: 10x smaller, or a size as 5MB; sets the method's knob", "SIZE", default="")
     option("--compress-threshold", f"for tables with more rows than this (default {THRESHOLD})", "N", type=int, default=THRESHOLD)
@@ -93,6 +93,9 @@ def _run(args: argparse.Namespace, data_flags: list[str]) -> None:
 
 def _check(args: argparse.Namespace, data_flags: list[str]) -> None:
     """Everything that can be wrong before the checkpoint is read."""
+    for flag, value in (("--load-model", args.load_model), ("--save-model", args.save_model)):
+        if value is None:
+            raise UserError(f"{flag}=FILE is needed; python -m compression convert --help shows the flags")
     check_data_flags(data_flags)
     if not args.method and not args.compress_config:
         raise UserError("--method or --compress-config is needed, as --method=svd:rank=4; python -m compression list shows the methods")
@@ -142,10 +145,11 @@ def _choices(args: argparse.Namespace, loaded: Checkpoint, stored: list[StoredTa
                 f"--load-model={loaded.path}: table {table.name} is compressed ({', '.join(table.names)}) and the file does not say how; load it "
                 "with run_dlrm.py --load-model and its --qr-* or --md-* flags, and save it again"
             )
-        if table.choice != PLAIN:
-            print(f"note: {table.name} is compressed already, by {table.choice.method}, and stays as it is", file=sys.stderr)
     if not plain:
         raise UserError(f"--load-model={loaded.path}: all its tables are compressed already; convert the checkpoint that they were made from")
+    if len(plain) < len(stored):
+        done = ", ".join(table.name for table in stored if table.choice != PLAIN)
+        print(f"note: compressed already, and left as they are: {done}", file=sys.stderr)
     if len(plain) < len(stored) and args.compress_config:
         raise UserError(
             f"--compress-config={args.compress_config}: names tables by number, and some of this checkpoint are compressed already; use --method "
@@ -161,8 +165,8 @@ def _choices(args: argparse.Namespace, loaded: Checkpoint, stored: list[StoredTa
     if all(choice == PLAIN for choice in chosen.values()):
         largest = max(spec.num_embeddings for spec in specs)
         raise UserError(
-            f"no table is converted: the largest plain one has {largest:,} rows and --compress-threshold is {args.compress_threshold}; lower it, or "
-            "ask for a smaller --compress-to"
+            f"no table is converted: the largest plain one has {largest:,} rows and --compress-threshold is {args.compress_threshold}; lower it, "
+            "ask for a smaller --compress-to, or convert the checkpoint that the compressed tables were made from"
         )
     return [chosen.get(index, PLAIN) for index in range(len(stored))]
 

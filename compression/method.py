@@ -127,7 +127,7 @@ def _value(method: str, knob: Knob, text: str):
         raise UserError(f"{where}: must be {'a whole number' if knob.kind is int else 'a number'}") from None
     low = knob.least is not None and not value >= knob.least
     if low or (knob.most is not None and not value <= knob.most):
-        limits = [f"at least {knob.least:g}"] * (knob.least is not None) + [f"at most {knob.most:g}"] * (knob.most is not None)
+        limits = [f"{word} {limit:g}" for word, limit in (("at least", knob.least), ("at most", knob.most)) if limit is not None]
         raise UserError(f"{where}: must be {' and '.join(limits)}")
     return value
 

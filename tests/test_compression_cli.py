@@ -149,3 +149,48 @@ def test_what_is_wrong_gets_one_line(files, capsys, tmp_path):
         assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")} == there, what
     code, _, err = ended(capsys, show_ledger.main, "--load-model=qr.pt")
     assert code == 2 and "does not say what made table emb_l.0" in err
+
+
+RANDOM = (
+    "--arch-sparse-feature-size=8", "--arch-embedding-size=500-300-3", "--arch-mlp-bot=5-16-8", "--arch-mlp-top=16-8-1", "--mini-batch-size=32",
+    "--num-batches=4", "--loss-function=bce", "--round-targets=True", "--optimizer=rwsadagrad",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--compress=hash:rows=0"], "--compress=hash:rows=0: hash:rows=0: must be at least 1"),
+        (["--compress=hot_cold:hot=inf"], "hot_cold:hot=inf: must be a number"),
+        (["--compress=hash:rows=5", "--compress-to=10x"], "--compress-to=10x: sets rows of hash, and hash:rows=5 does too"),
+        (["--compress=hash", "--compress-to=10"], "--compress-to=10: must be a ratio, as 100x, or a size, as 5MB"),
+        (["--compress=hash", "--compress-to=100000x"], "no knob makes them smaller than"),
+        (["--compress=lpt", "--optimizer=adagrad"], "lpt keeps no number for every weight, and --optimizer=adagrad would; use sgd or rwsadagrad"),
+        (["--compress=pq"], "pq is made from a trained table"),
+        (["--compress=hot_cold"], "hot_cold: goes by how often training looks ids up"),
+        (["--compress=tt:rank=100000"], "tt:rank=100000: table emb_l.0"),
+        (["--compress-to=10x"], "needs a method to size"),
+        (["--compress=hash", "--qr-flag"], "do not go with --qr-flag"),
+    ],
+)
+def test_wrong_wishes_of_a_run(cli, more, message):
+    assert message in cli(*RANDOM, *more).error
+
+
+def test_a_checkpoint_and_the_flags_beside_it(cli):
+    """Flags that say something else than the file, or that plain tables be compressed, are refused; the same flags go on."""
+    assert cli(*RANDOM, "--save-model=plain.pt", "--save-every=2").code == 0
+    assert "its tables are plain, and hash" in cli(*RANDOM, "--load-model=plain.pt", "--compress=hash").error
+    assert cli(*RANDOM, "--compress=hash:rows=30", "--save-model=hash.pt", "--save-every=2").code == 0
+    for more in ((), ("--compress=hash:rows=30",), ("--compress=hash",)):
+        assert cli(*RANDOM, "--load-model=hash.pt", "--nepochs=2", *more).code == 0
+    for more in ("--compress=hash:rows=40", "--compress=tt"):
+        assert "table 0 of the checkpoint was made by hash:rows=30" in cli(*RANDOM, "--load-model=hash.pt", more).error
+    assert "quantizes plain tables" in cli(*RANDOM, "--load-model=hash.pt", "--inference-only", "--quantize-emb-with-bit=8").error
+
+
+def test_a_yaml_and_a_flag_beside_it(cli, tmp_path):
+    (tmp_path / "t.yaml").write_text("threshold: 400\ntables:\n  1: qr:operation=add\n")
+    assert "1 by hash, 1 by qr, 1 plain" in cli(*RANDOM, "--compress=hash", "--compress-config=t.yaml").err
+    (tmp_path / "t.yaml").write_text("default: qr\n")
+    assert "has a default of its own" in cli(*RANDOM, "--compress=hash", "--compress-config=t.yaml").error
