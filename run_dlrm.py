@@ -113,8 +113,8 @@ def run(config: Config, resolved: dict, argv: list[str]) -> None:
         )
     if config.quantize_embedding_bits != 32 and any(choice.method != "plain" for choice in choices):
         raise UserError(
-            f"--quantize-emb-with-bit={config.quantize_embedding_bits}: quantizes plain tables, and some of {output.load_model} are compressed; leave "
-            "it out, or make int8 tables of a plain checkpoint with python -m compression convert --method int8"
+            f"--quantize-emb-with-bit={config.quantize_embedding_bits}: quantizes plain tables, and some of {output.load_model} are compressed; "
+            "leave it out, or make int8 tables of a plain checkpoint with python -m compression convert --method int8"
         )
     trainer = build(config, specs, rng, backend, choices=choices, counts=counts, to_load=loaded is not None)
     del counts
