@@ -63,7 +63,7 @@ def draw(points: list, path: Path) -> None:
 def _limits(figures: list) -> tuple[float, float]:
     """All means; a single model that learnt nothing does not flatten the others."""
     means = np.array([one.mean for one in figures])
-    low, high = max(means.min(), np.median(means) - 0.06), means.max()
+    low, high = max(means.min(), np.median(means) - 0.025), means.max()
     room = 0.08 * (high - low) or 0.01
     return low - room, high + room
 
@@ -91,6 +91,13 @@ def _line(axes, index: int, label: str, points: list, value) -> None:
     )  # fmt: skip
 
 
+def _short(label: str) -> str:
+    """"convert:pq:weighted=true,chunks=1" -> "pq:chunks=1 *": conversions are marked, and all that can go by traffic do."""
+    name = label.removeprefix("convert:")
+    short = name.replace("weighted=true,", "").replace(":weighted=true", "")
+    return short + (" *" if name != label else "")
+
+
 def _labels(axes, lines: dict, value, height: float) -> None:
     """Names in a column left of the axes, each joined to the small end of its line."""
     low, high = axes.get_ylim()
@@ -102,7 +109,7 @@ def _labels(axes, lines: dict, value, height: float) -> None:
         style = _style(index)
         end = list(lines.values())[index][-1]
         axes.annotate(
-            label, (end.bytes, min(max(mean, low), high)), xytext=(-0.02, place), textcoords="axes fraction", ha="right", va="center", fontsize=8.5,
+            _short(label), (end.bytes, min(max(mean, low), high)), xytext=(-0.02, place), textcoords="axes fraction", ha="right", va="center", fontsize=8.5,
             color=style["color"], annotation_clip=False, arrowprops={"arrowstyle": "-", "color": style["color"], "linewidth": 0.5, "alpha": 0.55,
             "shrinkA": 1, "shrinkB": 3, "relpos": (1, 0.5)},
         )  # fmt: skip
@@ -124,7 +131,7 @@ def _finish(axes, title: str, plain) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_title(title, fontsize=11, loc="left", color=INK, pad=22)
-    axes.set_xlabel("bytes of all tables, without optimizer state", fontsize=9, color=INK)
+    axes.set_xlabel("bytes of all tables, without optimizer state;  * converted after one epoch", fontsize=9, color=INK)
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_text(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())

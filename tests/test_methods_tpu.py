@@ -1,12 +1,14 @@
 """Every registered method's training step through the real TPU compiler: no copy of a table's size, and the ledger's bytes are the program's."""
 
-import gc
+import pickle
 import platform
 import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_methods import method_of
 
 import run_dlrm
@@ -44,14 +46,23 @@ def large_knobs(name: str, spec) -> dict:
 
 
 @pytest.fixture(scope="module")
-def reports():
-    """Method -> (report of its training step, its ledger, the program's parameters by name). All programs in one start of the compiler."""
+def reports(tmp_path_factory):
+    """What make_reports returns, from a process of its own: after a trace values are left that no later step on XLA could compute."""
     try:
         tpu_compiler.require()
     except UserError as error:
         (pytest.fail if HAS_WHEELS else pytest.skip)(str(error))
-    gc.collect()
-    gc.freeze()  # a trace looks for its tensors among all objects, of which pytest has a million
+    path = tmp_path_factory.mktemp("tpu") / "reports.pickle"
+    code = f"""import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import pickle, test_methods_tpu
+pickle.dump(test_methods_tpu.make_reports(), open({str(path)!r}, "wb"))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return pickle.loads(path.read_bytes())
+
+
+def make_reports() -> dict:
+    """Method -> (report of its training step, its ledger, the program's parameters by name). All programs in one start of the compiler."""
     config = Config.from_args(flags.parse([*FLAGS]))
     data = open_dataset(config, np.random.RandomState(0), lambda line: None)
     (spec,) = run_dlrm.table_specs(config, data)
@@ -69,7 +80,6 @@ def reports():
         step = compile_for.trace_steps(trainer, tracer, batch, None)["training step"]
         programs[name], found[name] = (step.hlo, step.donated), (step, sizes, tiles, book)
         trainers[name] = list(trainer.tables.stores)
-    gc.unfreeze()
     compiled = tpu_compiler.compile_programs("v5e:2x2", programs, lambda line: None)
     results = {}
     for name, (step, sizes, tiles, book) in found.items():
