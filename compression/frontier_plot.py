@@ -109,7 +109,8 @@ def _labels(axes, lines: dict, value, height: float) -> None:
         style = _style(index)
         end = list(lines.values())[index][-1]
         axes.annotate(
-            _short(label), (end.bytes, min(max(mean, low), high)), xytext=(-0.02, place), textcoords="axes fraction", ha="right", va="center", fontsize=8.5,
+            _short(label), (end.bytes, min(max(mean, low), high)), xytext=(-0.02, place), textcoords="axes fraction", ha="right", va="center",
+            fontsize=8.5,
             color=style["color"], annotation_clip=False, arrowprops={"arrowstyle": "-", "color": style["color"], "linewidth": 0.5, "alpha": 0.55,
             "shrinkA": 1, "shrinkB": 3, "relpos": (1, 0.5)},
         )  # fmt: skip
