@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from compression.codes import BLOCK, PackedIntegers, packed_bytes
+from compression.fitting import converted, id_weights
 from compression.hashes import Hashes
-from compression.hashing import converted, id_weights
 from compression.kmeans import assign, kmeans, sample, weighted_means
 from compression.method import Converted, Knob, Making, Method
 from compression.optimal import importance
@@ -84,7 +84,7 @@ class ClusteredTable(EmbeddingTable):
 
     def row_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         starts = count_up(self.chunks, ids.dtype, ids.device) * self.rows
-        return self.pointers.read(ids).to(ids.dtype) + starts, hash_rows(self.hashes, ids, self.rows) + starts
+        return self.pointers.read(ids).to(ids.dtype) + starts, self.hashes.rows_all(ids, self.rows) + starts
 
     def combine(self, rows: tuple[Tensor, Tensor], ids: Tensor) -> Tensor:
         return rows[0] + rows[1]
@@ -102,7 +102,7 @@ class ClusteredTable(EmbeddingTable):
 
         def vectors(ids: np.ndarray) -> np.ndarray:
             ids = torch.from_numpy(ids)
-            rows = self.pointers.read_from(words, ids).numpy() + starts, hash_rows(hashes, ids, self.rows).numpy() + starts
+            rows = self.pointers.read_from(words, ids).numpy() + starts, hashes.rows_all(ids, self.rows).numpy() + starts
             return (tables[0][rows[0]] + tables[1][rows[1]]).reshape(len(ids), -1)
 
         rng = np.random.RandomState([int(self.seed.cpu()), epoch + 1])
@@ -126,7 +126,7 @@ class ClusteredTable(EmbeddingTable):
         def pieces():
             for first in range(0, n, BLOCK):
                 ids = np.arange(first, min(first + BLOCK, n))
-                block, hashed = vectors(ids), hash_rows(fresh, torch.from_numpy(ids), self.rows).numpy()
+                block, hashed = vectors(ids), fresh.rows_all(torch.from_numpy(ids), self.rows).numpy()
                 pointers = np.empty((len(ids), self.chunks), np.int64)
                 for chunk, own in enumerate(columns):
                     wanted = np.ascontiguousarray(block[:, own])
@@ -142,11 +142,6 @@ class ClusteredTable(EmbeddingTable):
         self.has_pointers = True
         means = np.where(totals[..., None] > 0, sums / np.where(totals > 0, totals, 1.0)[..., None], 0.0)
         return torch.from_numpy(np.concatenate(centers)), torch.from_numpy(means.reshape(-1, width).astype(np.float32))
-
-
-def hash_rows(hashes: Hashes, ids: Tensor, rows: int) -> Tensor:
-    """ids [...] -> [..., chunks] in [0, rows): every function's row, in the integer type of ids."""
-    return torch.fmod(torch.bitwise_and(hashes.mix_all(ids), 0x7FFFFFFF), rows).to(ids.dtype)
 
 
 def num_rows(spec: TableSpec, knobs: dict) -> int:

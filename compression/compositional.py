@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compression.hashing import WEIGHTED, converted, fit_rows, id_weights
+from compression.fitting import WEIGHTED, converted, fit_rows, id_weights
 from compression.method import Converted, Knob, Making, Method
 from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from compression.compositional import fit_sum, starting_bound
+from compression.fitting import WEIGHTED, converted, fit_rows, float64_of, id_weights
 from compression.hashes import Hashes
-from compression.hashing import ROWS, WEIGHTED, converted, fit_rows, float64_of, id_weights, shared_rows
+from compression.hashing import ROWS, shared_rows
 from compression.method import Converted, Knob, Making, Method
 from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform

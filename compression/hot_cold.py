@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compression.fitting import WEIGHTED, converted, fit_rows, float64_of, id_weights
 from compression.hashes import Hashes
-from compression.hashing import WEIGHTED, converted, fit_rows, float64_of, id_weights
 from compression.hot_ids import KEYS, HotIds, hot_ids_bytes, num_buckets
 from compression.low_rank import orthonormal_rows, starting_bound
 from compression.method import Converted, Knob, Making, Method

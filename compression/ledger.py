@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from compression.method import PLAIN
 from compression.registry import num_bytes
 from dlrm_xla.embeddings import EmbeddingCollection
+from dlrm_xla.layouts import LANES
 from dlrm_xla.specs import size_text
 
 KINDS = ("parameters", "codes", "pointers", "seeds", "state", "padding")
-LANES, SUBLANES = 128, 8
+SUBLANES = 8
 LEDGER_FILE = "ledger.json"
 
 

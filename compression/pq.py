@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compression.codes import PackedIntegers, packed_bytes
-from compression.hashing import converted, id_weights
+from compression.fitting import WEIGHTED, converted, id_weights
 from compression.kmeans import assign, kmeans, optimal_1d, sample
 from compression.method import Converted, Knob, Making, Method
 from dlrm_xla.embeddings import EmbeddingTable, Part
@@ -109,7 +109,7 @@ METHOD = Method(
     knobs=(
         Knob("chunks", int, None, "pieces of a vector; must divide D, default D / 4", least=1),
         Knob("bits", int, 8, "of a code; K = 2^bits centers for each chunk, at most N", least=1, most=MOST_BITS),
-        Knob("weighted", bool, False, "an id counts as often as training looks it up"),
+        WEIGHTED,
     ),
     bytes_formula="N chunks bits / 8 + 4 K D, K = min(2^bits, N)",
     num_bytes=_num_bytes,

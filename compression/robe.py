@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compression.fitting import WEIGHTED, chunks, converted, id_weights
 from compression.hashes import Hashes
-from compression.hashing import WEIGHTED, chunks, converted, id_weights
 from compression.method import Converted, Knob, Making, Method
 from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compression.codes import PackedIntegers, packed_bytes
-from compression.hashing import converted, id_weights
+from compression.fitting import converted, id_weights
 from compression.kmeans import optimal_1d
 from compression.method import Converted, Knob, Making, Method
 from dlrm_xla.embeddings import EmbeddingTable, Part

@@ -24,10 +24,11 @@ from functools import partial
 
 import numpy as np
 
+from compression.fitting import WEIGHTED, id_weights
 from compression.low_rank import RANK, check_rank, create, exact_at, most_rank, num_bytes, on_vectors, project, rank_of
 from compression.method import Converted, Knob, Making, Method
 from compression.optimal import decompose, facts, importance, piece_of, relative_errors, slices
-from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.specs import TableSpec
 
 FAMILIES = ("gaussian", "sign")
 LEAST_OVERSAMPLING = 10
@@ -66,23 +67,15 @@ def random_right_vectors(
     return np.linalg.svd(t @ (basis * scales), full_matrices=False)[0][:, :rank]
 
 
-def _weights(method: str, spec: TableSpec, knobs: dict, making: Making) -> np.ndarray | None:
-    if knobs["weighted"] and making.counts is None:
-        unknown = f"table {spec.name}: how often its ids are looked up is not known"
-        raise UserError(f"{method}:weighted=true: {unknown}; give the training data too, or weighted=false")
-    return importance(making.counts)
-
-
 def _convert(spec: TableSpec, knobs: dict, weight: np.ndarray, making: Making, method: str) -> Converted:
     """The facts hold the optimum too, for which the Gram matrices are made in any case."""
-    rank, weights = rank_of(spec, knobs), _weights(method, spec, knobs, making)
+    rank, weights, used = rank_of(spec, knobs), importance(making.counts), id_weights(method, spec, knobs, making)
     plain = decompose(weight, name=spec.name)
     weighted = None if weights is None else decompose(weight, weights)
     minimized = weighted if knobs["weighted"] else plain
     sampled = None
     if method == "rsvd":
         sampled = oversampling_of(rank) if knobs["oversampling"] is None else knobs["oversampling"]
-        used = weights if knobs["weighted"] else None
         vectors = random_right_vectors(weight, rank, making.rng, sampled, knobs["power"], knobs["family"], used)
     else:
         vectors = minimized.vectors[:, :rank]
@@ -92,8 +85,6 @@ def _convert(spec: TableSpec, knobs: dict, weight: np.ndarray, making: Making, m
         found |= facts(error_weighted, weighted.values, rank, sampled if minimized is weighted else None, suffix="_weighted")
     return Converted(on_vectors(spec, weight, vectors), found)
 
-
-WEIGHTED = Knob("weighted", bool, False, "an id counts as often as training looks it up")
 
 SVD = Method(
     name="svd",

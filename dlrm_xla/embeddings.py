@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dlrm_xla.batch import slot_starts
 from dlrm_xla.layouts import Layout
-from dlrm_xla.ops.bags import Bags, join, pack
+from dlrm_xla.ops.bags import join
 from dlrm_xla.ops.pool import pool
 from dlrm_xla.quantized_store import QuantizedStore
+from dlrm_xla.reads import BagColumns, BagRead, Columns, SlotRead
 from dlrm_xla.specs import TableSpec, size_text
 from dlrm_xla.stores import RowStore
 
@@ -116,23 +117,6 @@ class _Run:
 
 
 @dataclass
-class SlotRead:
-    """Rows of a store read into static slots: rows [K], records [K, record_width] as read, and their weights [K, d], an autograd leaf."""
-
-    rows: Tensor
-    records: Tensor
-    leaf: Tensor
-
-
-@dataclass
-class BagRead:
-    """Rows of a store summed bag by bag as they are read (ops/bags.py): sums [M, d], whose gradient is every row's times its weight."""
-
-    bags: Bags
-    sums: Tensor
-
-
-@dataclass
 class Lookup:
     """pooled [B, T, D], and what was read from each store; either kind may be missing there."""
 
@@ -179,8 +163,8 @@ class EmbeddingCollection(nn.Module):
     def lookup(self, ids: Tensor, weights: Tensor | None) -> Lookup:
         """ids [B, S] int32, weights [B, S] float32, zero in padded slots, or None (all ones) -> pooled vectors and what they come from."""
         batch, ids = ids.shape[0], ids.to(self.layout.index_dtype)
-        slots = [_Columns() for _ in self.stores]
-        bags = [_Bags() for _ in self.stores]
+        slots = [Columns() for _ in self.stores]
+        bags = [BagColumns() for _ in self.stores]
         places = []  # for each run and part: the collector, and where in it
         run_weights = [self._bag_weights(run, ids, weights) for run in self.runs]
         for index, (run, bag_weights) in enumerate(zip(self.runs, run_weights, strict=True)):
@@ -312,62 +296,6 @@ class EmbeddingCollection(nn.Module):
             learned = self.v_W_l[run.tables[0]].index_select(0, ids[:, run.first : run.last].reshape(-1)).view(shape)
             bag_weights = learned if bag_weights is None else bag_weights * learned
         return bag_weights
-
-
-class _Columns:
-    """Slots wanted from one store: run after run, each a few columns [B, k] of row numbers. One gather reads them all."""
-
-    def __init__(self):
-        self.pieces: list[Tensor] = []
-        self.width = 0
-
-    def add(self, rows: Tensor) -> tuple[int, int]:
-        place = (self.width, rows.shape[1])
-        self.pieces.append(rows)
-        self.width += rows.shape[1]
-        return place
-
-    def read(self, store: RowStore) -> SlotRead | None:
-        if not self.pieces:
-            return None
-        rows = (self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=1)).reshape(-1)
-        records = store.read(rows)
-        self.leaf = store.weights(records).detach().requires_grad_()
-        return SlotRead(rows, records, self.leaf)
-
-    def values(self, place: tuple[int, int], batch: int, tables: int) -> Tensor:
-        """[B, k, d]."""
-        return self.leaf.reshape(batch, -1, self.leaf.shape[1]).narrow(1, *place)
-
-
-class _Bags:
-    """Bags wanted from one store, run after run. One operator sums them all."""
-
-    def __init__(self):
-        self.pieces: list[Bags] = []
-        self.count = 0
-
-    def add(self, rows: Tensor, filled: Tensor | None, weights: Tensor | None, hotness: int) -> tuple[int, int]:
-        bags = pack(rows.reshape(-1, hotness), None if filled is None else filled.reshape(-1, hotness), weights)
-        place = (self.count, bags.num_bags)
-        self.pieces.append(bags)
-        self.count += bags.num_bags
-        return place
-
-    def read(self, store: RowStore) -> BagRead | None:
-        if not self.pieces:
-            return None
-        bags = join(self.pieces)
-        self.sums = store.bag_sum(bags)
-        if self.sums.requires_grad:  # through learned pooling weights
-            self.sums.retain_grad()
-        else:
-            self.sums.requires_grad_()
-        return BagRead(bags, self.sums)
-
-    def values(self, place: tuple[int, int], batch: int, tables: int) -> Tensor:
-        """[B, R, d]."""
-        return self.sums.narrow(0, *place).view(batch, tables, -1)
 
 
 def _move_states(states: list[Tensor], origin: np.ndarray | None) -> None:

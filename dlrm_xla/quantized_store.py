@@ -20,21 +20,19 @@ from dlrm_xla.ops.bags import distinct_row_grads, pack
 from dlrm_xla.ops.noise import uniform_noise
 from dlrm_xla.ops.rows import count_up, sum_duplicates, sum_sorted
 from dlrm_xla.specs import UserError
-from dlrm_xla.stores import check_rows
+from dlrm_xla.stores import FieldStore, check_rows
 
 LARGEST = 127
 FILL_ROWS = 1 << 18  # rows rounded at a time
 LEAST_SCALE = 1e-12
 
 
-class QuantizedStore(nn.Module):
+class QuantizedStore(FieldStore):
     """V rows of d int8 numbers; the interface of RowStore. The rule must keep no number for every weight (sgd, rwsadagrad).
 
     Fields: "data", words [V, ceil(d / 4)] int32; "scale" [V] float32; a vector [V] for each of rule.scalars. clock: updates so far, which the
     rounding's noise depends on, 0-D int32.
     """
-
-    codec = "int8"
 
     def __init__(self, num_rows: int, width: int, rule, layout: Layout, device: str = "cpu"):
         super().__init__()
@@ -90,10 +88,6 @@ class QuantizedStore(nn.Module):
         self._add("data", rows, new - words)
         self._add("scale", rows, grown - scale)
 
-    def add_scalar(self, name: str, rows: Tensor, values: Tensor) -> Tensor:
-        self._add(name, rows, values)
-        return self._gather(name, rows)
-
     def _codes(self, words: Tensor) -> Tensor:
         """[K, W] int32 -> [K, d] int32 in -128..127."""
         shifts = 24 - 8 * count_up(4, torch.int32, words.device)
@@ -107,14 +101,6 @@ class QuantizedStore(nn.Module):
         parts = torch.bitwise_and(codes, 255).view(codes.shape[0], -1, 4)
         return torch.bitwise_left_shift(parts, 8 * count_up(4, torch.int32, codes.device)).sum(2, dtype=torch.int32)
 
-    def _gather(self, field: str, rows: Tensor) -> Tensor:
-        region = self.regions[field]
-        return self.layout.gather(getattr(self, region.buffer), region, rows)
-
-    def _add(self, field: str, rows: Tensor, values: Tensor) -> None:
-        region = self.regions[field]
-        self.layout.add(getattr(self, region.buffer), region, rows, values)
-
     def state_buffers(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.named_buffers() if name in self.rule.scalars or name == "scratch")
 
@@ -125,9 +111,6 @@ class QuantizedStore(nn.Module):
         fields = [name for name, region in self.regions.items() if region.buffer == buffer]
         weights = self.num_rows * sum({"data": self.num_words, "scale": 1}.get(name, 0) for name in fields)
         return weights, self.num_rows * sum(name in self.rule.scalars for name in fields)
-
-    def on_host(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name).cpu() for name in self.buffer_names}
 
     def fields(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views of on_host() by name: "weight" [V, 4 ceil(d / 4)] int8, "scale" [V], each scalar [V]."""
@@ -155,9 +138,3 @@ class QuantizedStore(nn.Module):
             scale = (piece.abs().amax(1) / LARGEST).clamp_min(LEAST_SCALE)
             fields["scale"][here] = scale
             fields["weight"][here, : self.width] = torch.round(piece / scale[:, None]).to(torch.int8)
-
-    @torch.no_grad()
-    def load(self, buffers: dict[str, Tensor]) -> None:
-        for name, value in buffers.items():
-            if getattr(self, name) is not value:
-                getattr(self, name).copy_(value)

@@ -28,7 +28,35 @@ def check_rows(num_rows: int, width: int, layout: Layout) -> None:
         )
 
 
-class RowStore(nn.Module):
+class FieldStore(nn.Module):
+    """What stores of rows share: fields in buffers, as a layout has them. Subclasses set num_rows, layout, regions and buffer_names."""
+
+    def add_scalar(self, name: str, rows: Tensor, values: Tensor) -> Tensor:
+        """Add values [K] to the scalar `name` of rows [K]; returns it afterwards, [K]."""
+        self._add(name, rows, values)
+        return self._gather(name, rows)
+
+    def _gather(self, field: str, rows: Tensor) -> Tensor:
+        region = self.regions[field]
+        return self.layout.gather(getattr(self, region.buffer), region, rows)
+
+    def _add(self, field: str, rows: Tensor, values: Tensor) -> None:
+        region = self.regions[field]
+        self.layout.add(getattr(self, region.buffer), region, rows, values)
+
+    def on_host(self) -> dict[str, Tensor]:
+        """Buffer name -> that buffer in the host's memory; on a CPU the buffers themselves. For `fields` and `load`."""
+        return {name: getattr(self, name).cpu() for name in self.buffer_names}
+
+    @torch.no_grad()
+    def load(self, buffers: dict[str, Tensor]) -> None:
+        """Send what was written into on_host() back to the device."""
+        for name, value in buffers.items():
+            if getattr(self, name) is not value:
+                getattr(self, name).copy_(value)
+
+
+class RowStore(FieldStore):
     """V rows of d float32 numbers and their optimizer's state, in one layout.
 
     Fields: "data", the records [V, d x len(rule.record)], the weights of a row and then its state for every weight; and a vector [V] for each of
@@ -99,19 +127,6 @@ class RowStore(nn.Module):
         """Add to the records of rows [K]: one [K, d] for each name of the rule's record."""
         self._add("data", rows, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
 
-    def add_scalar(self, name: str, rows: Tensor, values: Tensor) -> Tensor:
-        """Add values [K] to the scalar `name` of rows [K]; returns it afterwards, [K]."""
-        self._add(name, rows, values)
-        return self._gather(name, rows)
-
-    def _gather(self, field: str, rows: Tensor) -> Tensor:
-        region = self.regions[field]
-        return self.layout.gather(getattr(self, region.buffer), region, rows)
-
-    def _add(self, field: str, rows: Tensor, values: Tensor) -> None:
-        region = self.regions[field]
-        self.layout.add(getattr(self, region.buffer), region, rows, values)
-
     def state_buffers(self) -> tuple[str, ...]:
         """Buffers that no lookup needs."""
         return tuple(name for name, _ in self.named_buffers() if name != "data")
@@ -122,10 +137,6 @@ class RowStore(nn.Module):
             return 0, self.num_rows
         weights = self.num_rows * self.width if buffer == "data" else 0
         return weights, sum(self.num_rows * max(region.width, 1) for region in self.regions.values() if region.buffer == buffer) - weights
-
-    def on_host(self) -> dict[str, Tensor]:
-        """Buffer name -> that buffer in the host's memory; on a CPU the buffers themselves. For `fields` and `load`."""
-        return {name: getattr(self, name).cpu() for name in self.buffer_names}
 
     def fields(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         """Views of on_host() by name: "weight" [V, d], each state of the record [V, d], each scalar [V]."""
@@ -144,10 +155,3 @@ class RowStore(nn.Module):
     def weight(self) -> Tensor:
         """[V, d] float32 in the host's memory; on a CPU a view."""
         return self.fields(self.on_host())["weight"]
-
-    @torch.no_grad()
-    def load(self, buffers: dict[str, Tensor]) -> None:
-        """Send what was written into on_host() back to the device."""
-        for name, value in buffers.items():
-            if getattr(self, name) is not value:
-                getattr(self, name).copy_(value)

@@ -12,7 +12,7 @@ from conftest import ROOT
 LEVELS = (
     {"specs", "flags", "config", "rules", "batch"},
     {"ops", "layouts", "backends", "metrics", "console", "mlperf", "tracking", "summary", "hlo", "tpu_compiler"},
-    {"embeddings", "stores", "quantized_store", "optim", "losses", "init"},
+    {"embeddings", "stores", "quantized_store", "reads", "optim", "losses", "init"},
     {"models"},
     {"train", "evaluate", "checkpoint", "checkpoint_file"},
     {"session", "debug", "profile", "onnx_export", "quantize", "compile_for", "compile_report"},
