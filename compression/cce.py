@@ -28,10 +28,10 @@ from compression.kmeans import assign, kmeans, sample, weighted_means
 from compression.method import Converted, Knob, Making, Method
 from compression.optimal import importance
 from compression.pq import code_bits, num_chunks
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.ops.rows import count_up
 from dlrm_xla.specs import TableSpec
+from dlrm_xla.tables import EmbeddingTable, Part
 
 SAMPLE = 1 << 16  # ids that k-means sees, at least
 ITERATIONS = 10

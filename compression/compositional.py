@@ -18,10 +18,10 @@ from torch import Tensor
 
 from compression.fitting import WEIGHTED, converted, fit_rows, id_weights
 from compression.method import Converted, Knob, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.ops.integers import quotient
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, Part
 
 SWEEPS = 12  # over the parts in a conversion
 

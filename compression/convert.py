@@ -27,11 +27,12 @@ from data_loaders.command import ended
 from dlrm_xla.checkpoint import kept, optimizer_name, table_parameters
 from dlrm_xla.checkpoint_file import Checkpoint, alone, check_writable, read, write
 from dlrm_xla.config import MethodConfig
-from dlrm_xla.embeddings import EmbeddingCollection, EmbeddingTable
+from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.layouts import RowsLayout
 from dlrm_xla.ops.rows import add_rows_scatter
 from dlrm_xla.optim import RULES
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable
 
 PIECE = 1 << 16  # ids whose vectors are compared at a time
 THRESHOLD = 200  # of --compress-threshold, as in run_dlrm.py

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from compression.hashes import Hashes
 from compression.method import Knob, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable
 from dlrm_xla.specs import TableSpec
+from dlrm_xla.tables import EmbeddingTable
 
 SAMPLE = 4096  # drawn hashes that starting weights are calibrated on
 

@@ -16,9 +16,9 @@ from compression.fitting import WEIGHTED, converted, fit_rows, float64_of, id_we
 from compression.hashes import Hashes
 from compression.hashing import ROWS, shared_rows
 from compression.method import Converted, Knob, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, Part
 
 
 class DoubleHashTable(EmbeddingTable):

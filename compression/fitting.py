@@ -11,8 +11,8 @@ from torch import Tensor
 
 from compression.method import Converted, Knob, Making
 from compression.optimal import importance
-from dlrm_xla.embeddings import EmbeddingTable
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable
 
 CHUNK = 1 << 17  # ids at a time, so that float64 needs no second copy of a large table
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from compression.hashes import Hashes
 from compression.hashing import ROWS, shared_rows
 from compression.method import Knob, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.specs import TableSpec
+from dlrm_xla.tables import EmbeddingTable, Part
 
 
 class HashEmbeddingsTable(EmbeddingTable):

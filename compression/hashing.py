@@ -16,9 +16,9 @@ from torch import Tensor
 from compression.fitting import WEIGHTED, converted, fit_rows, float64_of, id_weights
 from compression.hashes import Hashes
 from compression.method import Converted, Knob, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.specs import TableSpec
+from dlrm_xla.tables import EmbeddingTable, Part
 
 ROWS = Knob("rows", int, None, "rows that ids share; without it a tenth of the table's", least=1)
 

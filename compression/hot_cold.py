@@ -19,9 +19,9 @@ from compression.hot_ids import KEYS, HotIds, hot_ids_bytes, num_buckets
 from compression.low_rank import orthonormal_rows, starting_bound
 from compression.method import Converted, Knob, Making, Method
 from compression.optimal import decompose
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, Part
 
 
 class HotColdTable(EmbeddingTable):

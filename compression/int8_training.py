@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from compression.method import Converted, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_table
 from dlrm_xla.specs import TableSpec
+from dlrm_xla.tables import EmbeddingTable, Part
 
 
 class Int8Table(EmbeddingTable):

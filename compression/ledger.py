@@ -57,7 +57,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """entries: of the tables; shared: padding of buffers that tables lie in together, and clocks of their rounding."""
+    """entries: of the tables, wherever their rows are; shared: padding of the buffers here that tables lie in together, and clocks of rounding."""
 
     entries: tuple[Entry, ...]
     shared: int
@@ -92,10 +92,10 @@ def ledger(tables: EmbeddingCollection, dense_state: Callable[[nn.Parameter], di
         for segment in segments:
             store = tables.stores[segment.store]
             numbers = [store.numbers(name) for name, _ in store.named_buffers() if name != "clock"]
-            weights, others = (sum(kind) * 4 // store.num_rows * segment.num_rows for kind in zip(*numbers, strict=True))
-            sums["parameters"] += weights
-            sums["state"] += others
-            in_stores += weights + others
+            weights, others = (sum(kind) * 4 // store.num_rows for kind in zip(*numbers, strict=True))  # of a row
+            sums["parameters"] += weights * segment.total
+            sums["state"] += others * segment.total
+            in_stores += (weights + others) * segment.num_rows
         for parameter in table.parameters():
             for kind, tensor in (("parameters", parameter), *(("state", value) for value in dense_state(parameter).values())):
                 _add(sums, kind, tensor, tiles)

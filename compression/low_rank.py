@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from compression.method import Converted, Knob, Making, Method
 from compression.optimal import decompose, facts, importance, relative_errors, slices
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, Part
 
 RANK = Knob("rank", int, None, "numbers that an id keeps; default: a quarter of D", least=1)
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from compression.fitting import WEIGHTED, converted, fit_rows, id_weights
 from compression.hashing import ROWS, shared_rows
 from compression.method import Converted, Knob, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.specs import TableSpec
+from dlrm_xla.tables import EmbeddingTable, Part
 
 SWEEPS = 10  # of alternating least squares in a conversion
 
@@ -43,8 +43,7 @@ class MEmComTable(EmbeddingTable):
 
 
 def _fill_own(rows: Tensor) -> None:
-    rows.zero_()
-    rows[:, 0] = 1.0
+    rows.copy_(torch.eye(1, rows.shape[1]).expand(rows.shape))  # scale 1, bias 0
 
 
 def _num_bytes(spec: TableSpec, knobs: dict) -> int:

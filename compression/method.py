@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dlrm_xla.embeddings import EmbeddingTable
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable
 
 
 @dataclass(frozen=True)

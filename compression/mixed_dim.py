@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from compression.method import Knob, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, Part
 
 
 def dimensions(table_rows: list[int], temperature: float, base_dim: int, round_dims: bool) -> list[int]:

@@ -19,9 +19,9 @@ from compression.codes import PackedIntegers, packed_bytes
 from compression.fitting import WEIGHTED, converted, id_weights
 from compression.kmeans import assign, kmeans, optimal_1d, sample
 from compression.method import Converted, Knob, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.ops.rows import count_up
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, Part
 
 SAMPLE, SAMPLE_EACH = 1 << 16, 16  # ids that k-means sees, at least and for each center
 MOST_BITS = 16

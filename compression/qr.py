@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from compression.method import Knob, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.ops.integers import quotient
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, Part
 
 
 class QRTable(EmbeddingTable):

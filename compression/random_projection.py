@@ -23,9 +23,9 @@ from torch import Tensor
 from compression.low_rank import num_bytes, orthonormal_rows, project, starting_bound, write_products
 from compression.method import Converted, Knob, Making, Method
 from compression.optimal import decompose, facts, importance, relative_errors
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, Part
 
 FAMILIES = ("orthogonal", "gaussian", "sign")
 

@@ -28,9 +28,9 @@ from compression import (
 from compression.method import PLAIN, Choice, Making, Method
 from compression.mixed_dim import dimensions
 from dlrm_xla.config import MethodConfig
-from dlrm_xla.embeddings import EmbeddingTable, PlainTable
 from dlrm_xla.init import fill_table
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, PlainTable
 
 METHODS: dict[str, Method] = {
     method.name: method

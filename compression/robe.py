@@ -22,11 +22,11 @@ from torch import Tensor
 from compression.fitting import WEIGHTED, chunks, converted, id_weights
 from compression.hashes import Hashes
 from compression.method import Converted, Knob, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.layouts import LANES
 from dlrm_xla.ops.rows import count_up
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, Part
 
 
 class RobeTable(EmbeddingTable):

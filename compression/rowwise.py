@@ -25,8 +25,8 @@ from compression.codes import PackedIntegers, packed_bytes
 from compression.fitting import converted, id_weights
 from compression.kmeans import optimal_1d
 from compression.method import Converted, Knob, Making, Method
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, Part
 
 BINS, MOVES = 200, 32  # the paper's b, and r = 0.16 of it
 CHUNK = 1 << 17  # numbers fitted at a time: they stay in a core's cache

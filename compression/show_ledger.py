@@ -17,11 +17,12 @@ from compression.stored import stored_tables
 from data_loaders.command import ended
 from dlrm_xla.checkpoint import optimizer_name
 from dlrm_xla.checkpoint_file import Checkpoint, read
-from dlrm_xla.embeddings import EmbeddingCollection, PlainTable
+from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.layouts import PackedLayout, RowsLayout
 from dlrm_xla.ops.rows import add_rows_scatter
 from dlrm_xla.optim import RULES
 from dlrm_xla.specs import UserError, size_text
+from dlrm_xla.tables import PlainTable
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,11 +23,12 @@ from compression.traffic import count_ids
 from dlrm_xla import backends
 from dlrm_xla import flags as run_flags
 from dlrm_xla.config import Config
-from dlrm_xla.embeddings import EmbeddingCollection, EmbeddingTable
+from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.init import fill_table
 from dlrm_xla.models.dlrm import DLRM
 from dlrm_xla.optim import RULES
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable
 from dlrm_xla.train import Trainer
 
 ROUNDS, BATCHES = 15, 8

@@ -25,8 +25,8 @@ from compression.tt_forms import Form, choose, lookup
 from compression.tt_shapes import MOST_CORES, TTShape, shape_of, useful_ranks
 from compression.tt_svd import tt_svd
 from compression.write_back import write_back
-from dlrm_xla.embeddings import EmbeddingTable, Part
 from dlrm_xla.specs import TableSpec, UserError
+from dlrm_xla.tables import EmbeddingTable, Part
 
 CHUNK = 1 << 16  # ids read or folded at once on the host
 

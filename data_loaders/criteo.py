@@ -23,6 +23,7 @@ from data_loaders.criteo_set import SETS, Asked, CriteoSet, check_meta, rows_of_
 from data_loaders.criteo_source import draws_of
 from data_loaders.criteo_split import CriteoDataset, CriteoSplit, upstreams_last_batch
 from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
+from data_loaders.part import WHOLE, Part
 from data_loaders.preprocess import preprocess
 from data_loaders.reorder import MappedOrder, OrderKey, order_file, stored_order
 from dlrm_xla.specs import UserError
@@ -53,6 +54,7 @@ class _Request:
     asked: Asked
     memory_bytes: int
     memory_map: bool
+    map_rows: bool
     upstream_compat: bool
     seed: int
     rng: np.random.RandomState
@@ -86,6 +88,8 @@ def open_criteo(
     min_frequency: int = 0,
     vocabulary: str = "",
     note: Callable[[str], None] = lambda line: None,
+    map_rows: bool = False,
+    part: Part = WHOLE,
 ) -> CriteoDataset:
     """The data set of upstream's flags of the same names; preprocesses first where the processed file does not exist.
 
@@ -101,7 +105,9 @@ def open_criteo(
     bin_shuffle     with bin_loader: train batches in another order in each epoch
     memory_bytes, min_frequency, vocabulary   of preprocessing (data_loaders.build.Options)
     note            gets what a user should know and upstream does not print
-    Raises UserError for whatever is wrong with the flags or with the files.
+    map_rows        rows stay in the file, as with memory_map, and everything else is as without: several ranks share what the system keeps of it
+    part            which rows of each batch are read and given
+    Raises UserError for whatever is wrong with the flags or with the files; CannotBeMapped with memory_map or map_rows.
     """
     criteo = SETS.get(data_set)
     if criteo is None:
@@ -117,7 +123,7 @@ def open_criteo(
     asked = Asked(max_ind_range, float(sub_sample_rate), min_frequency, vocabulary, draws)
     request = _Request(
         criteo, raw, Path(processed_data_file) if processed_data_file else criteo.processed(raw), data_randomize, asked, memory_bytes,
-        memory_map or bin_loader, upstream_compat, seed, rng, preprocess_rng, progress,
+        memory_map or bin_loader, memory_map or bin_loader or map_rows, upstream_compat, seed, rng, preprocess_rng, progress,
     )  # fmt: skip
     reading_raw, reading_processed = f"Reading raw data={raw_data_file}", f"Reading pre-processed data={processed_data_file}"
 
@@ -150,6 +156,7 @@ def open_criteo(
             mlperf_bin.bin_stem(request.path), criteo.id_count_file(raw) if raw is not None else None, made_with, source, check,
             batch_size=batch_size, test_batch_size=test_batch_size, drop_last=drop_last, num_batches=num_batches, seed=seed,
             shuffle=bin_shuffle, draw_as_upstream=upstream_compat, progress=progress, print_line=print_line, note=note,
+            part=part,
         )  # fmt: skip
     if memory_map:
         ready = mapped()
@@ -171,11 +178,12 @@ def open_criteo(
     piles_up = upstream_compat and mlperf and memory_map and data_set == "terabyte" and not drop_last
     train = CriteoSplit(
         ready.data.packed, order, num_rows=num_train, batch_size=batch_size, max_ind_range=fold, drop_last=drop_last,
-        num_batches=num_batches, last_batch=upstreams_last_batch(days[:-1].tolist(), batch_size) if piles_up else None,
+        num_batches=num_batches, last_batch=upstreams_last_batch(days[:-1].tolist(), batch_size) if piles_up else None, part=part,
     )  # fmt: skip
     test = CriteoSplit(
-        ready.data.packed, None, first=num_train, num_rows=num_test, batch_size=test_batch_size, max_ind_range=fold, num_batches=num_batches
-    )
+        ready.data.packed, None, first=num_train, num_rows=num_test, batch_size=test_batch_size, max_ind_range=fold, num_batches=num_batches,
+        part=part,
+    )  # fmt: skip
     table_rows = np.minimum(counts, max_ind_range) if max_ind_range > 0 else counts
     bayes_auc = _bayes_auc(criteo, raw) if raw is not None and sub_sample_rate == 0 else None
     return CriteoDataset(tuple(int(rows) for rows in table_rows), (1,) * NUM_SPARSE, NUM_DENSE, bayes_auc, train, test)
@@ -189,7 +197,7 @@ def _open(request: _Request, announce: Callable[[], None]) -> _Ready:
         raise UserError(f"--processed-data-file={path}: a folder without manifest.json, so not a processed set; name another place, or empty it")
     if not ready:
         _make(request, announce)
-    data = read_processed(path, mapped=request.memory_map, progress=request.progress)
+    data = read_processed(path, mapped=request.map_rows, progress=request.progress)
     if data.meta is not None:
         check_meta(criteo, data.meta, path, raw, asked)
     elif 0 < asked.max_ind_range < data.counts.max() and not request.upstream_compat:

@@ -1,5 +1,6 @@
 """Criteo's rows as mini-batches."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data_loaders.criteo_text import NUM_DENSE, NUM_SPARSE
+from data_loaders.part import WHOLE, Part
 from data_loaders.prefetch import Jobs
 from dlrm_xla.batch import Batch
 from dlrm_xla.specs import UserError
@@ -57,11 +59,13 @@ class CriteoSplit:
         num_batches: int = 0,
         last_batch: int | None = None,
         batch_order: Callable[[int, int], Sequence[int]] | None = None,
+        part: Part = WHOLE,
     ):
         """order          [num_rows] int64
         num_batches    above 0: caps an epoch's batches
         last_batch     number of the batch that takes all rows that are left, however many (upstream's loader under MLPerf)
         batch_order    (number of batches, epoch) -> their order in that epoch; None: 0, 1, ...
+        part           which rows of each batch are read and given; num_rows and batch_size are those of all ranks together
         """
         self.num_rows = num_rows
         self.batch_size = min(batch_size, num_rows)
@@ -69,7 +73,13 @@ class CriteoSplit:
         self._available = whole if drop_last or rest == 0 else whole + 1
         self.num_batches = min(num_batches, self._available) if num_batches > 0 else self._available
         self._packed, self._order, self._first, self._max_ind_range = packed, order, first, max_ind_range
-        self._last_batch, self._batch_order = last_batch, batch_order
+        self._last_batch, self._batch_order, self._part = last_batch, batch_order, part
+
+    def whole(self) -> "CriteoSplit":
+        """The same split with all rows of each batch, whatever this rank's part is."""
+        other = copy.copy(self)
+        other._part = WHOLE
+        return other
 
     def batches(self, start: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """One epoch from batch number `start`. Every epoch has the same order, as upstream's, unless batches are shuffled: then `epoch`,
@@ -86,6 +96,8 @@ class CriteoSplit:
         """
         begin = number * self.batch_size
         end = self.num_rows if number == self._last_batch else min(begin + self.batch_size, self.num_rows)
+        cut = self._part.cut(begin, end, max(self.batch_size, end - begin))
+        begin, end, size = cut.begin, cut.end, cut.size
         if self._order is None:
             rows = self._packed[self._first + begin : self._first + end].numpy()
         elif isinstance(self._packed, Tensor):
@@ -93,7 +105,6 @@ class CriteoSplit:
         else:
             rows = self._packed.index_select(0, self._order[begin:end]).numpy()
         n = end - begin
-        size = max(self.batch_size, n)
         new = np.empty if n == size else np.zeros
         labels, dense, ids = new((size, 1), np.float32), new((size, NUM_DENSE), np.float32), new((size, NUM_SPARSE), np.int32)
         labels[:n] = rows[:, :1]
@@ -101,7 +112,7 @@ class CriteoSplit:
         ids[:n] = rows[:, 1 + NUM_DENSE :]
         if self._max_ind_range > 0:
             ids %= np.int32(self._max_ind_range)
-        return Batch(torch.from_numpy(dense), torch.from_numpy(ids), None, torch.from_numpy(labels), n)
+        return Batch(torch.from_numpy(dense), torch.from_numpy(ids), None, torch.from_numpy(labels), n, cut.total_valid)
 
 
 @dataclass

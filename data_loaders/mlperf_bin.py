@@ -25,6 +25,7 @@ from data_loaders.criteo_npz import Meta, Processed, RawFingerprint, atomic_writ
 from data_loaders.criteo_set import read_id_counts, write_count_file
 from data_loaders.criteo_split import CriteoDataset, CriteoSplit
 from data_loaders.criteo_text import COLUMNS, NUM_DENSE, NUM_SPARSE
+from data_loaders.part import WHOLE, Part
 from data_loaders.reorder import MappedOrder
 from dlrm_xla.specs import UserError
 
@@ -189,6 +190,7 @@ def open_bins(
     progress: bool,
     print_line: Callable[[str], None],
     note: Callable[[str], None],
+    part: Part = WHOLE,
 ) -> CriteoDataset:
     """Both halves from the files of `stem`, which are made first where none is there.
 
@@ -198,6 +200,7 @@ def open_bins(
     check             (what our files were made from, their sidecar, the way out) raises UserError where a run asks for others
     shuffle           train batches, whole ones, in another order in each epoch; the order of an epoch follows from `seed`
     draw_as_upstream  the order comes from torch's stream instead, as upstream's
+    part              which rows of each batch are read and given
     Ids are taken modulo max_ind_range where columns have more, as upstream does. Raises UserError.
     """
     sidecar = _read_sidecar(stem)
@@ -220,11 +223,11 @@ def open_bins(
     halves = (
         CriteoSplit(
             train, None, num_rows=len(train), batch_size=batch_size, max_ind_range=fold, drop_last=drop_last, num_batches=num_batches,
-            batch_order=order,
+            batch_order=order, part=part,
         ),
         CriteoSplit(
             test, None, num_rows=len(test), batch_size=test_batch_size, max_ind_range=fold, num_batches=num_batches,
-            batch_order=drawn_order(shuffle=False) if draw_as_upstream else None,
+            batch_order=drawn_order(shuffle=False) if draw_as_upstream else None, part=part,
         ),
     )  # fmt: skip
     table_rows = np.minimum(counts, made_with.max_ind_range) if made_with.max_ind_range > 0 else counts

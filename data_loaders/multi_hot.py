@@ -104,6 +104,10 @@ class MultiHotSplit:
         self._split, self._tables = split, tables
         self.num_rows, self.num_batches, self.batch_size = split.num_rows, split.num_batches, split.batch_size
 
+    def whole(self) -> "MultiHotSplit":
+        """The same split with all rows of each batch, whatever this rank's part is."""
+        return MultiHotSplit(self._split.whole(), self._tables)
+
     def batches(self, start: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """epoch: where the split beneath shuffles its batches, which epoch's order is meant."""
         batches = self._split.batches(start, epoch)

@@ -1,5 +1,10 @@
-"""The data set that a configuration asks for."""
+"""The data set that a configuration asks for: all of it, or what one of several ranks reads of each batch.
 
+Several ranks map the rows of files instead of loading them, so that a host holds them once, in what the system keeps of the files. The first
+rank of each host makes what has to be made (`wait`); then all of them open it alike, so that their streams have drawn the same numbers.
+"""
+
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_loaders.part import WHOLE, Part
 from data_loaders.random_data import RandomDataSpec, RandomSplit, WorkerRandomSplit
 from dlrm_xla.batch import Dataset, Split
 from dlrm_xla.config import Config
@@ -27,13 +33,36 @@ class RandomDataset:
     bayes_auc: float | None = None
 
 
-def open_dataset(config: Config, rng: np.random.RandomState, print_line: Callable[[str], None]) -> Dataset:
-    """rng is the run's stream: the permutation of the rows comes from it, before the weights do. print_line gets upstream's lines."""
+def open_dataset(
+    config: Config,
+    rng: np.random.RandomState,
+    print_line: Callable[[str], None],
+    rank: int = 0,
+    world: int = 1,
+    local_rank: int | None = None,
+    wait: Callable[[], None] | None = None,
+) -> Dataset:
+    """
+    rng         the run's stream: the permutation of the rows comes from it, before the weights do; the same on all ranks, before and after
+    print_line  gets upstream's lines
+    rank, world where world is above 1, both halves give this rank's part of each batch (dlrm_xla.batch.rank_part), and read no more than that;
+                their num_rows, num_batches and batch_size are those of all ranks together, and .whole() gives whole batches
+    local_rank  number among the ranks of this host, which may have files of its own; None: rank
+    wait        returns when all ranks have called it, however long preprocessing takes; called once, and only where the data lies in files.
+                Before it local rank 0 makes what is not there. None: nobody else opens the same data now
+    With --upstream-compat several ranks draw what upstream's later runs draw; its first one, which makes the files, draws more.
+    """
+    part = Part(rank, world)
+    if world > 1 and wait is not None and config.data.from_files:
+        if (rank if local_rank is None else local_rank) == 0:
+            make_files(config, rng, part)
+        wait()
+    say = note if rank == 0 else unsaid
     if config.data.source == "table":
-        return open_table_files(config, rng)
+        return open_table_files(config, rng, say, part)
     if config.data.from_files:
-        return open_criteo_files(config, rng, print_line)
-    return open_random(config, rng)
+        return open_criteo_files(config, rng, print_line, say, part)
+    return open_random(config, rng, say, part)
 
 
 def note(line: str) -> None:
@@ -41,7 +70,29 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def open_table_files(config: Config, rng: np.random.RandomState) -> Dataset:
+def unsaid(line: str) -> None:
+    """What another rank says, or the other half."""
+
+
+def make_files(config: Config, rng: np.random.RandomState, part: Part) -> None:
+    """Opens the data set and drops it, for what that leaves on the disk: processed rows, orders, binary files, bags, stamps of checked files.
+
+    Draws from a copy of the stream. Where another host's rank is at it, in a folder that both see, it is left to that one. Rows that cannot be
+    mapped are there already.
+    """
+    from data_loaders.criteo_map import CannotBeMapped
+    from data_loaders.spill import Busy
+
+    own = np.random.RandomState()
+    own.set_state(rng.get_state())
+    with contextlib.suppress(Busy, CannotBeMapped):
+        if config.data.source == "table":
+            open_table_files(config, own, unsaid, part)
+        else:
+            _open_criteo(config, own, unsaid, unsaid, part, map_rows=True)
+
+
+def open_table_files(config: Config, rng: np.random.RandomState, say: Callable[[str], None], part: Part = WHOLE) -> Dataset:
     from data_loaders.table import open_table  # pyarrow
 
     data = config.data
@@ -61,12 +112,41 @@ def open_table_files(config: Config, rng: np.random.RandomState) -> Dataset:
         vocabulary=data.vocabulary,
         rng=rng,
         seed=config.train.seed,
-        progress=sys.stderr.isatty(),
-        print_line=note,
+        progress=_progress(part),
+        print_line=say,
+        map_rows=part.world > 1,
+        part=part,
     )
 
 
-def open_criteo_files(config: Config, rng: np.random.RandomState, print_line: Callable[[str], None]) -> Dataset:
+def _progress(part: Part) -> bool:
+    """Whether this rank shows bars."""
+    return part.rank == 0 and sys.stderr.isatty()
+
+
+def open_criteo_files(
+    config: Config, rng: np.random.RandomState, print_line: Callable[[str], None], say: Callable[[str], None], part: Part
+) -> Dataset:
+    """Several ranks map the rows; where the file cannot be mapped, and that was not asked for, each loads all of them."""
+    from data_loaders.criteo_map import CannotBeMapped
+
+    data, several = config.data, part.world > 1
+    try:
+        return _open_criteo(config, rng, print_line, say, part, map_rows=several)
+    except CannotBeMapped as error:
+        if not several or data.memory_map or data.bin_loader:
+            raise
+        say(
+            f"{str(error).partition(';')[0]}; so each of the {part.world} ranks loads all of its rows, 160 bytes each; "
+            "python -m data_loaders.convert --to npz makes a file that they share"
+        )
+    return _open_criteo(config, rng, print_line, say, part, map_rows=False)
+
+
+def _open_criteo(
+    config: Config, rng: np.random.RandomState, print_line: Callable[[str], None], say: Callable[[str], None], part: Part, *, map_rows: bool
+) -> Dataset:
+    """Raises CannotBeMapped before anything is drawn from rng."""
     from data_loaders.criteo import open_criteo  # pyarrow
 
     data = config.data
@@ -84,7 +164,7 @@ def open_criteo_files(config: Config, rng: np.random.RandomState, print_line: Ca
         rng=rng,
         # upstream draws the sub-sampling from the run's stream, so its first run differs from its second
         preprocess_rng=rng if config.upstream_compat else np.random.RandomState(config.train.seed),
-        progress=sys.stderr.isatty(),
+        progress=_progress(part),
         print_line=print_line,
         upstream_compat=config.upstream_compat,
         memory_map=data.memory_map,
@@ -95,7 +175,9 @@ def open_criteo_files(config: Config, rng: np.random.RandomState, print_line: Ca
         memory_bytes=data.preprocess_bytes,
         min_frequency=data.min_frequency,
         vocabulary=data.vocabulary,
-        note=note,
+        note=say,
+        map_rows=map_rows,
+        part=part,
     )
     if not data.multi_hot_sizes:
         return opened
@@ -106,14 +188,14 @@ def open_criteo_files(config: Config, rng: np.random.RandomState, print_line: Ca
         opened.table_rows,
         data.multi_hot_distribution,
         Path(data.processed_data_file or data.raw_data_file).absolute().parent,
-        data.preprocess_bytes // MULTI_HOT_IN_MEMORY,
-        sys.stderr.isatty(),
+        data.preprocess_bytes // (MULTI_HOT_IN_MEMORY * part.world),
+        _progress(part),
     )
     halves = {half: MultiHotSplit(getattr(opened, half), tables) for half in ("train", "test")}
     return replace(opened, hotness=tables.hotness, **halves)
 
 
-def open_random(config: Config, rng: np.random.RandomState) -> Dataset:
+def open_random(config: Config, rng: np.random.RandomState, say: Callable[[str], None] = note, part: Part = WHOLE) -> Dataset:
     """Random data has streams of its own, so that neither a test pass nor a look at the data changes what is trained on; with
     --upstream-compat it shares the run's."""
     data = config.data
@@ -143,16 +225,13 @@ def open_random(config: Config, rng: np.random.RandomState) -> Dataset:
         replace_every_j=config.upstream_compat,
     )
 
-    def said_already(message: str) -> None:
-        """The test half reads the same trace files."""
-
     if not config.upstream_compat:
         test_spec = replace(spec, batch_size=data.test_batch_size)
         seed = config.train.seed
-        train = RandomSplit(spec, np.random.RandomState(seed), note)
-        test = RandomSplit(test_spec, np.random.RandomState(seed), said_already)
+        train = RandomSplit(spec, np.random.RandomState(seed), say, part)
+        test = RandomSplit(test_spec, np.random.RandomState(seed), unsaid, part)  # of the same trace files
     elif data.num_workers:
-        train, test = (WorkerRandomSplit(spec, data.num_workers, say) for say in (note, said_already))
+        train, test = (WorkerRandomSplit(spec, data.num_workers, warn, part) for warn in (say, unsaid))
     else:
-        train, test = RandomSplit(spec, rng, note), RandomSplit(spec, rng, said_already)
+        train, test = RandomSplit(spec, rng, say, part), RandomSplit(spec, rng, unsaid, part)
     return RandomDataset(spec.table_rows, spec.hotness, spec.num_dense, train, test)

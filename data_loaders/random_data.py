@@ -5,6 +5,7 @@ Upstream draws from NumPy's global generator; here the generator is an object th
 the draws are the same. Values are equal to upstream's on one condition of NumPy's: its legacy streams never change.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from math import isfinite
 import numpy as np
 import torch
 
+from data_loaders.part import WHOLE, Part
 from data_loaders.trace import TraceDistribution, read_trace, trace_path, walk_stack
 from dlrm_xla.batch import Batch, pad_rows, slot_starts
 from dlrm_xla.specs import UserError
@@ -103,14 +105,23 @@ class RandomSplit:
 
     A batch is drawn when it is asked for and no earlier: upstream's train and test splits share one generator, and a test pass moves it.
     warn    called once per table whose trace file names ids outside the table
+    part    which rows of each batch are given. All are drawn on every rank, so that the stream moves as it does on one
     """
 
-    def __init__(self, spec: RandomDataSpec, rng: np.random.RandomState, warn: Callable[[str], object] = warnings.warn):
-        self.spec, self.rng = spec, rng
+    def __init__(
+        self, spec: RandomDataSpec, rng: np.random.RandomState, warn: Callable[[str], object] = warnings.warn, part: Part = WHOLE
+    ):
+        self.spec, self.rng, self._part = spec, rng, part
         self.batch_size = spec.batch_size
         self.num_batches = spec.num_batches or -(-spec.data_size // spec.batch_size)
         self.num_rows = spec.num_batches * spec.batch_size or spec.data_size
         self._traces = open_traces(spec, warn) if spec.distribution == "trace" else ()
+
+    def whole(self) -> "RandomSplit":
+        """The same split, its stream too, with all rows of each batch, whatever this rank's part is."""
+        other = copy.copy(self)
+        other._part = WHOLE
+        return other
 
     def batches(self, start: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """One epoch, all are the same, from batch `start`; the batches before it are drawn and dropped, for the stream has no shortcut."""
@@ -119,10 +130,10 @@ class RandomSplit:
                 self.rng.seed(self.spec.seed)
             batch = self.draw(index, self.rng)
             if index >= start:
-                yield batch
+                yield self._part.of(batch)
 
     def draw(self, index: int, rng: np.random.RandomState) -> Batch:
-        """Batch number `index` from the state that `rng` is in."""
+        """Batch number `index`, whole, from the state that `rng` is in."""
         num_rows = min(self.batch_size, self.num_rows - index * self.batch_size)
         return pad_rows(draw_batch(self.spec, rng, num_rows, self._traces), self.batch_size)
 
@@ -134,10 +145,10 @@ class WorkerRandomSplit(RandomSplit):
     only the worker of batch 0 then reseeds with the spec's seed, so the others' batches differ from epoch to epoch.
     """
 
-    def __init__(self, spec: RandomDataSpec, num_workers: int, warn: Callable[[str], object] = warnings.warn):
+    def __init__(self, spec: RandomDataSpec, num_workers: int, warn: Callable[[str], object] = warnings.warn, part: Part = WHOLE):
         if num_workers < 1:
             raise UserError(f"--num-workers is {num_workers}; batches drawn by workers need at least 1")
-        super().__init__(spec, np.random.RandomState(spec.seed), warn)
+        super().__init__(spec, np.random.RandomState(spec.seed), warn, part)
         self.num_workers = num_workers
 
     def batches(self, start: int = 0, epoch: int = 0) -> Iterator[Batch]:
@@ -152,7 +163,7 @@ class WorkerRandomSplit(RandomSplit):
                 rng.seed(self.spec.seed)
             batch = self.draw(index, rng)
             if index >= start:
-                yield batch
+                yield self._part.of(batch)
 
 
 def worker_seed(base_seed: int, worker: int) -> np.ndarray:

@@ -89,9 +89,13 @@ def parts_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
 
 
+class Busy(UserError):
+    """Another process is making the same thing."""
+
+
 @contextlib.contextmanager
 def locked_folder(folder: Path, what: str) -> Iterator[None]:
-    """The folder, made where it is missing, for this process alone. Raises UserError where another one has it; OSError."""
+    """The folder, made where it is missing, for this process alone. Raises Busy where another one has it; OSError."""
     number = _lock(folder, what)
     try:
         yield
@@ -108,7 +112,7 @@ def _lock(folder: Path, what: str) -> int:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(number)
-            raise UserError(f"{what}: another run is making it (in {folder}); wait for that run, or name another place") from None
+            raise Busy(f"{what}: another run is making it (in {folder}); wait for that run, or name another place") from None
         except OSError:  # a file system without locks
             return number
         with contextlib.suppress(OSError):

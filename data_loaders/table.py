@@ -15,8 +15,10 @@ from data_loaders.arrays import Arrays, is_arrays, open_arrays, read_manifest
 from data_loaders.build import Options, build
 from data_loaders.criteo_npz import RawFingerprint
 from data_loaders.manifest import NAME, Manifest, Table, bag_files, vocabulary_files
+from data_loaders.part import WHOLE, Part
 from data_loaders.reorder import OrderKey, order_file, stored_order
 from data_loaders.schema import Schema
+from data_loaders.spill import Busy
 from data_loaders.table_batches import TableSplit
 from data_loaders.table_files import default_folder, find_files
 from data_loaders.table_source import TableSource, column_ranges
@@ -61,6 +63,8 @@ def open_table(
     seed: int,
     progress: bool,
     print_line: Callable[[str], None],
+    map_rows: bool = False,
+    part: Part = WHOLE,
 ) -> TableDataset:
     """The data set of the flags of the same names. The arrays folder is processed_data_file, or else <raw file or folder>.processed; it is made
     first where it is not there.
@@ -68,7 +72,9 @@ def open_table(
     max_ind_range   of the columns for which the schema has none
     rng             the run's stream: the order of the training rows is drawn from it as Criteo's is
     seed            memory_map: the order lies in a file, drawn from a stream of its own that starts here (data_loaders.reorder)
-    print_line      gets a summary: rows, CTR, each table's rows and bags
+    print_line      gets a summary: rows, CTR, each table's rows and bags; of several ranks the first one makes it
+    map_rows        rows stay in the file, as with memory_map, and everything else is as without: several ranks share what the system keeps of it
+    part            which rows of each batch are read and given
     Raises UserError for whatever is wrong with the flags, the schema or the files.
     """
     schema = Schema.read(schema_file)
@@ -84,6 +90,8 @@ def open_table(
         print_line(f"Reading raw data={raw_data_file}")
         try:
             build(source, folder, Options(memory_bytes, min_frequency, older), progress=progress)
+        except Busy:
+            raise
         except UserError as error:
             raise UserError(_more_exactly(str(error), source)) from None
     else:
@@ -92,18 +100,21 @@ def open_table(
         if raw_data_file:
             _check_raw(manifest, folder, raw_data_file, print_line)
     print_line(f"Reading pre-processed data={folder}")
-    arrays = open_arrays(folder, memory_map, progress=progress)
+    arrays = open_arrays(folder, memory_map or map_rows, progress=progress)
     manifest = arrays.manifest
     if not manifest.num_train or not manifest.num_test:
         half = "train on" if not manifest.num_train else "test"
         raise UserError(f"{folder}: the split leaves no row to {half} ({manifest.rows} rows in all); change split: in {_split_line(schema)}")
     order = _order(manifest, folder, schema, data_randomize, memory_map, rng, seed, made_now, progress)
-    train = TableSplit(arrays, order, num_rows=manifest.num_train, batch_size=batch_size, drop_last=drop_last, num_batches=num_batches)
-    test = TableSplit(
-        arrays, None, first=manifest.num_train, num_rows=manifest.num_test, batch_size=test_batch_size, num_batches=num_batches
+    train = TableSplit(
+        arrays, order, num_rows=manifest.num_train, batch_size=batch_size, drop_last=drop_last, num_batches=num_batches, part=part
     )
-    for line in (*_summary(arrays, folder, memory_map), *_one_label(arrays, schema)):
-        print_line(line)
+    test = TableSplit(
+        arrays, None, first=manifest.num_train, num_rows=manifest.num_test, batch_size=test_batch_size, num_batches=num_batches, part=part
+    )
+    if part.rank == 0:  # it reads labels
+        for line in (*_summary(arrays, folder, memory_map or map_rows), *_one_label(arrays, schema)):
+            print_line(line)
     tables = manifest.tables
     num_dense = max(len(manifest.dense), 1)
     return TableDataset(tuple(table.rows for table in tables), tuple(table.hotness for table in tables), num_dense, train, test)

@@ -1,5 +1,6 @@
 """Rows of an arrays folder of a user's table as mini-batches: dense columns, single ids and bags."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from data_loaders.arrays import Arrays
 from data_loaders.manifest import Manifest, bag_files
+from data_loaders.part import WHOLE, Part
 from data_loaders.prefetch import Jobs
 from dlrm_xla.batch import Batch, pad_rows, slot_starts
 
@@ -22,21 +24,29 @@ class TableSplit:
     """Rows order[0], order[1], ... of the arrays (order None: rows `first` to `first + num_rows - 1` as they lie), as batches."""
 
     def __init__(
-        self, arrays: Arrays, order: Any, *, first: int = 0, num_rows: int, batch_size: int, drop_last: bool = False, num_batches: int = 0
-    ):
-        """order: [num_rows] int64 tensor, or what stands for it; num_batches above 0 caps an epoch's batches."""
+        self, arrays: Arrays, order: Any, *, first: int = 0, num_rows: int, batch_size: int, drop_last: bool = False, num_batches: int = 0,
+        part: Part = WHOLE,
+    ):  # fmt: skip
+        """order: [num_rows] int64 tensor, or what stands for it; num_batches above 0 caps an epoch's batches; part: which rows of each batch are
+        read and given, num_rows and batch_size are those of all ranks together."""
         self.num_rows = num_rows
         self.batch_size = min(batch_size, num_rows)
         whole, rest = divmod(num_rows, self.batch_size)
         available = whole if drop_last or rest == 0 else whole + 1
         self.num_batches = min(num_batches, available) if num_batches > 0 else available
-        self._arrays, self._order, self._first = arrays, order, first
+        self._arrays, self._order, self._first, self._part = arrays, order, first, part
         tables = arrays.manifest.tables
         starts = slot_starts([table.hotness for table in tables])
         self._num_slots = int(starts[-1])
         self._one_hot = [int(start) for start, table in zip(starts, tables, strict=False) if not table.multi_hot]  # slots, in rows.bin's order
         self._bags = [(arrays.bags[table.name], int(start)) for start, table in zip(starts, tables, strict=False) if table.multi_hot]
         self._full = full_bags(arrays.manifest)
+
+    def whole(self) -> "TableSplit":
+        """The same split with all rows of each batch, whatever this rank's part is."""
+        other = copy.copy(self)
+        other._part = WHOLE
+        return other
 
     def batches(self, start: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """One epoch from batch number `start`; every epoch has the same order, as Criteo's."""
@@ -45,7 +55,8 @@ class TableSplit:
     def batch(self, number: int) -> Batch:
         """Batch `number` of the epoch; padded rows at the end of the last one."""
         begin = number * self.batch_size
-        end = min(begin + self.batch_size, self.num_rows)
+        cut = self._part.cut(begin, min(begin + self.batch_size, self.num_rows), self.batch_size)
+        begin, end = cut.begin, cut.end
         if self._order is None:
             numbers = None
             rows = self._arrays.rows[self._first + begin : self._first + end]
@@ -60,7 +71,7 @@ class TableSplit:
         floats = rows[:, : 1 + num_dense].contiguous().view(torch.float32)  # label | dense
         dense = floats[:, 1:].contiguous() if num_dense else torch.zeros(end - begin, 1)
         ids, weights = self._slots(rows, np.arange(self._first + begin, self._first + end) if numbers is None else numbers.numpy())
-        return pad_rows(Batch(dense, ids, weights, floats[:, :1].contiguous(), end - begin), self.batch_size)
+        return pad_rows(Batch(dense, ids, weights, floats[:, :1].contiguous(), end - begin, cut.total_valid), cut.size)
 
     def _slots(self, rows: torch.Tensor, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(ids [n, S] int32, weights [n, S] or None) of some rows, of which `numbers` [n] says where they lie."""

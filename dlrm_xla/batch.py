@@ -24,7 +24,8 @@ class Batch:
     ids        [B, S] int32, table after table, each with its H slots; 0 in padded slots and padded rows
     weights    [B, S] float32, 1 for an id of a bag and 0 for padding; None where every slot of every valid row holds an id
     labels     [B, 1] float32; 0 in padded rows
-    num_valid  rows that count, 1..B; they come first
+    num_valid  rows that count, 1..B; they come first. 0..B of a rank's part of a batch
+    total_valid  rows that count in the whole batch, of which this is one rank's part; None where it is the whole
     """
 
     dense: Tensor
@@ -32,10 +33,16 @@ class Batch:
     weights: Tensor | None
     labels: Tensor
     num_valid: int
+    total_valid: int | None = None
 
     @property
     def size(self) -> int:
         return self.ids.shape[0]
+
+    @property
+    def num_counted(self) -> int:
+        """Rows that the mean loss is over, on all ranks together."""
+        return self.num_valid if self.total_valid is None else self.total_valid
 
     def valid_mask(self) -> Tensor:
         """[B, 1] float32: 1 where the row counts."""
@@ -44,8 +51,11 @@ class Batch:
         return mask
 
     def pack(self) -> tuple[Tensor, Tensor]:
-        """Two tensors for one transfer each: floats [B, num_dense + 2 (+ S)] = dense | label | valid (| weights), and the int32 ids [B, S]."""
-        columns = [self.dense, self.labels, self.valid_mask()]
+        """Two tensors for one transfer each: floats [B, num_dense + 2 (+ S)] = dense | label | valid (| weights), and the int32 ids [B, S].
+
+        valid: `num_counted` where the row counts and minus that where it does not: one column says both.
+        """
+        columns = [self.dense, self.labels, (2 * self.valid_mask() - 1) * self.num_counted]
         if self.weights is not None:
             columns.append(self.weights)
         return torch.cat(columns, dim=1), self.ids
@@ -132,3 +142,17 @@ def pad_rows(batch: Batch, size: int) -> Batch:
         return None if values is None else torch.cat([values, values.new_zeros(missing, values.shape[1])])
 
     return replace(batch, dense=pad(batch.dense), ids=pad(batch.ids), weights=pad(batch.weights), labels=pad(batch.labels))
+
+
+def rank_part(batch: Batch, rank: int, world: int) -> Batch:
+    """Rows [rank x b, (rank + 1) x b) of a whole batch, b = ceil(B / world): what one of `world` ranks trains on."""
+    share = -(-batch.size // world)
+    whole, rows = pad_rows(batch, share * world), slice(rank * share, (rank + 1) * share)
+    return Batch(
+        dense=whole.dense[rows],
+        ids=whole.ids[rows],
+        weights=None if whole.weights is None else whole.weights[rows],
+        labels=whole.labels[rows],
+        num_valid=min(max(batch.num_valid - rank * share, 0), share),
+        total_valid=batch.num_counted,
+    )

@@ -1,6 +1,6 @@
 """Checkpoints of a trainer, both ways, with upstream's parameter names and optimizer state: upstream's --load-model reads ours, we read its.
 
-The file itself is checkpoint_file.py's.
+The file itself is checkpoint_file.py's; on several ranks it is a folder, shards.py's.
 """
 
 from collections.abc import Callable
@@ -10,35 +10,94 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dlrm_xla.checkpoint_file import Checkpoint, Progress, alone, write
+from dlrm_xla import shards
+from dlrm_xla.checkpoint_file import Checkpoint, Progress, alone, has_saves, write
 from dlrm_xla.config import Config
 from dlrm_xla.embeddings import EmbeddingCollection
+from dlrm_xla.sharding import EVERYWHERE
+from dlrm_xla.shards import Piece, Ranks, ranks_of
 from dlrm_xla.specs import UserError
 from dlrm_xla.train import NotFiniteLoss, Trainer
 
 _TORCH_GROUPS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
 
 
+SUFFIXES = ("", "_scale")  # of what stores keep of a part (`saved` of them)
+Parameters = list[tuple[str, Tensor, dict[str, Tensor]]]  # upstream's name, value, optimizer state
+
+
 def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
-    """Writes the file whole or not at all: an earlier one stays until the new one is on the disk, and where a number is not finite."""
-    parts = parameters(trainer)
-    for name, weight, state in parts:
-        # the loss looks finite until the next batch uses what an update has ruined
-        if not all(limit.isfinite() for values in (weight, *state.values()) for limit in torch.aminmax(values)):
-            raise NotFiniteLoss(progress.batch, f"after batch {{batch}} a number in {name}")
-    state_dict = {name: alone(weight) for name, weight, _ in parts} | {name: alone(buffer.cpu()) for name, buffer in kept(trainer.tables)}
+    """Writes the file, or the folder of several ranks, whole or not at all: an earlier one stays until the new one is on the disk, and where a
+    number is not finite. All ranks call it; all return, or all raise."""
+    ranks, parts = ranks_of(trainer.backend), parameters(trainer)
+    _check_finite(ranks, parts, progress)
+    buffers = [(name, buffer.cpu()) for name, buffer in kept(trainer.tables)]
+    if ranks.world == 1 and not has_saves(path):
+        write(_checkpoint(path, trainer, parts, buffers, progress, flags))
+        return
+    ranges = _ranges(trainer.tables)
+    whole = [
+        (name, _whole(name, weight, ranges), {key: _whole(name, value, ranges) for key, value in state.items()}) for name, weight, state in parts
+    ]
+    shapes = [(name, buffer.to("meta")) for name, buffer in buffers]
+    order = [name for group in _groups(trainer, parts) for name in group]
+    shards.write(_checkpoint(path, trainer, whole, shapes, progress, flags), order, pieces(trainer, parts, buffers, ranks.rank), ranks)
+
+
+def _check_finite(ranks: Ranks, parts: Parameters, progress: Progress) -> None:
+    """NotFiniteLoss on every rank where one holds such a number: the loss looks finite until the next batch uses what an update has ruined."""
+
+    def finite(weight: Tensor, state: dict[str, Tensor]) -> bool:
+        return all(limit.isfinite() for values in (weight, *state.values()) if values.nelement() for limit in torch.aminmax(values))
+
+    bad = next((index for index, (_, weight, state) in enumerate(parts) if not finite(weight, state)), len(parts))
+    first = min(found for found, _, _ in ranks.gather([bad, 0, 0]))
+    if first < len(parts):
+        raise NotFiniteLoss(progress.batch, f"after batch {{batch}} a number in {parts[first][0]}")
+
+
+def _checkpoint(path: Path, trainer: Trainer, parts: Parameters, buffers: list[tuple[str, Tensor]], progress: Progress, flags: dict) -> Checkpoint:
+    """What the file holds of these tensors."""
+    state_dict = {name: alone(weight) for name, weight, _ in parts} | {name: alone(buffer) for name, buffer in buffers}
     tables = None
     if any(table.made_by for table in trainer.tables.tables):
         made_by = [asdict(table.made_by) if table.made_by else {"method": "plain", "knobs": {}} for table in trainer.tables.tables]
         specs = [table.spec for table in trainer.tables.tables]
         tables = [{**one, "rows": spec.num_embeddings, "dim": spec.embedding_dim} for one, spec in zip(made_by, specs, strict=True)]
-    write(Checkpoint(path, state_dict, _optimizer_state(trainer, parts), progress, exact=True, flags=flags, tables=tables))
+    return Checkpoint(path, state_dict, _optimizer_state(trainer, parts), progress, exact=True, flags=flags, tables=tables)
 
 
-def parameters(trainer: Trainer, buffers: list[dict[str, Tensor]] | None = None) -> list[tuple[str, Tensor, dict[str, Tensor]]]:
+def _ranges(tables: EmbeddingCollection) -> dict[str, tuple[int, int, int]]:
+    """Of each part's tensors the first row that is here, the rows of all ranks together, and the rank that writes them (-1: any that has some)."""
+    where = tables.plan.where if tables.plan is not None else None
+    ranges = {}
+    for number, segment in enumerate(segment for segments in tables.segments for segment in segments):
+        writer = 0 if where is None or where[number] == EVERYWHERE else -1
+        for suffix in SUFFIXES:
+            ranges[segment.name + suffix] = segment.first, segment.total, writer
+    return ranges
+
+
+def _whole(name: str, values: Tensor, ranges: dict) -> Tensor:
+    """The shape of all rows of a tensor, on "meta"."""
+    rows = values.shape[:1] if name not in ranges else ranges[name][1:2]
+    return torch.empty((*rows, *values.shape[1:]), dtype=values.dtype, device="meta")
+
+
+def pieces(trainer: Trainer, parts: Parameters, buffers: list[tuple[str, Tensor]], rank: int) -> list[Piece]:
+    """What this rank writes: its own rows, and rank 0 what all have."""
+    ranges, found = _ranges(trainer.tables), []
+    for name, weight, state in parts:
+        first, _, writer = ranges.get(name, (0, 0, 0))
+        if writer in (rank, -1):
+            found += [Piece(name, key, first, values) for key, values in {"": weight, **state}.items() if values.shape[0]]
+    return found + [Piece(name, "", 0, buffer) for name, buffer in buffers if rank == 0]
+
+
+def parameters(trainer: Trainer, buffers: list[dict[str, Tensor]] | None = None) -> Parameters:
     """(upstream's name, value, optimizer state) of everything trained, in the order of upstream's dlrm.parameters(), on the CPU.
 
-    On the CPU the tensors are views: writing to them writes to the model.
+    On the CPU the tensors are views: writing to them writes to the model. Of rows that are spread over ranks it gives those that are here.
     buffers: of each store, as RowStore.on_host() gives them, for a caller that sends them back.
     """
     states = {id(parameter): state for parameter, state in zip(trainer.dense.parameters, trainer.dense.state, strict=True)}
@@ -49,7 +108,7 @@ def parameters(trainer: Trainer, buffers: list[dict[str, Tensor]] | None = None)
 
 def table_parameters(
     tables: EmbeddingCollection, dense_state: Callable[[Tensor], dict[str, Tensor]], buffers: list[dict[str, Tensor]] | None = None
-) -> list[tuple[str, Tensor, dict[str, Tensor]]]:
+) -> Parameters:
     """`parameters` of the tables alone. dense_state: what the optimizer keeps for a dense parameter."""
     if buffers is None:
         buffers = [store.on_host() for store in tables.stores]
@@ -90,15 +149,20 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, with_optimizer: bool, rese
     device = trainer.backend.device
     buffers = [store.on_host() for store in trainer.tables.stores]
     parts = parameters(trainer, buffers)
-    buffers_kept = kept(trainer.tables)
-    check_shapes(checkpoint, {name: tuple(value.shape) for name, value in [*((name, weight) for name, weight, _ in parts), *buffers_kept]})
-    states = _matched_states(trainer, checkpoint, parts) if with_optimizer and not reset_row_state else None
+    buffers_kept, ranges = kept(trainer.tables), _ranges(trainer.tables)
+    shapes = {name: tuple(_whole(name, weight, ranges).shape) for name, weight, _ in parts}
+    check_shapes(checkpoint, shapes | {name: tuple(buffer.shape) for name, buffer in buffers_kept})
+    states = _matched_states(trainer, checkpoint, parts, ranges) if with_optimizer and not reset_row_state else None
     for index, (name, weight, state) in enumerate(parts):
-        weight.copy_(checkpoint.weights[name])
+        first = ranges[name][0] if name in ranges else 0
+        checkpoint.copy(name, "", checkpoint.weights[name], first, weight)
         for key, value in state.items() if states is not None else ():
-            value.copy_(states[index][key])
+            if key in states[index]:
+                checkpoint.copy(name, key, states[index][key], first, value)
+            else:
+                value.zero_()
     for name, buffer in buffers_kept:
-        buffer.copy_(checkpoint.weights[name])
+        checkpoint.copy(name, "", checkpoint.weights[name], 0, buffer)
     if device.type == "cpu":
         return
     # `parts` were copies: send them back whole, store by store
@@ -155,15 +219,19 @@ def _explain(name: str, here: tuple[int, ...] | None, there: tuple[int, ...] | N
     return f"layer {name} is {shape(there)} in the checkpoint and {shape(here)} here; {flag} must be as it was trained"
 
 
-def _optimizer_state(trainer: Trainer, parts: list) -> dict:
-    """What torch's optimizer over dlrm.parameters(), or upstream's RWSAdagrad, would save.
-
-    In debug mode upstream's optimizer has three groups, for tables, bottom and top MLP, and leaves learned pooling weights out.
-    """
-    rule, rate = trainer.rule.name, trainer.next_rate()
-    groups = [[name for name, _, _ in parts]]
+def _groups(trainer: Trainer, parts: Parameters) -> list[list[str]]:
+    """Names of what each group of the optimizer trains. In debug mode upstream's has three, for tables, bottom and top MLP, and leaves learned
+    pooling weights out."""
+    names = [name for name, _, _ in parts]
     if trainer.config.upstream_compat and trainer.config.output.debug:
-        groups = [[name for name in groups[0] if name.startswith(prefix)] for prefix in ("emb_l.", "bot_l.", "top_l.")]
+        return [[name for name in names if name.startswith(prefix)] for prefix in ("emb_l.", "bot_l.", "top_l.")]
+    return [names]
+
+
+def _optimizer_state(trainer: Trainer, parts: Parameters) -> dict:
+    """What torch's optimizer over dlrm.parameters(), or upstream's RWSAdagrad, would save."""
+    rule, rate = trainer.rule.name, trainer.next_rate()
+    groups = _groups(trainer, parts)
     order = {name: index for index, name in enumerate(name for group in groups for name in group)}
     states = {}
     for index, state in ((order[name], state) for name, _, state in parts if name in order):
@@ -185,8 +253,8 @@ def optimizer_name(optimizer: dict) -> str:
     return "rwsadagrad" if "momentum" in keys and "sum" in keys else "adagrad" if "sum" in keys else "sgd"
 
 
-def _matched_states(trainer: Trainer, checkpoint: Checkpoint, parts: list) -> list[dict[str, Tensor]]:
-    """For each parameter its Adagrad sums from the checkpoint; zeros for one that it has none for. UserError for another optimizer's."""
+def _matched_states(trainer: Trainer, checkpoint: Checkpoint, parts: Parameters, ranges: dict) -> list[dict[str, Tensor]]:
+    """For each parameter its Adagrad sums in the checkpoint, where it has them. UserError for another optimizer's."""
     prefix = f"--load-model={checkpoint.path}"
     if checkpoint.optimizer is None:
         raise UserError(f"{prefix}: has no optimizer's state, so training cannot go on from it; use --inference-only")
@@ -197,15 +265,16 @@ def _matched_states(trainer: Trainer, checkpoint: Checkpoint, parts: list) -> li
     if sum(len(group["params"]) for group in checkpoint.optimizer["param_groups"]) != len(parts):
         # upstream's --debug-mode leaves the learned pooling weights out
         order = [index for index in order if not parts[index][0].startswith("v_W_l.")]
-    matched: list[dict[str, Tensor]] = [{key: torch.zeros_like(value) for key, value in state.items()} for _, _, state in parts]
+    matched: list[dict[str, Tensor]] = [{} for _ in parts]
     for position, index in enumerate(order):
         name, _, wanted = parts[index]
         for key, value in wanted.items():
             found = saved.get(position, {}).get(key)
             if found is None:
                 continue
-            if found.shape != value.shape:
-                raise UserError(f"{prefix}: the optimizer's {key} of {name} is {tuple(found.shape)} in the checkpoint and {tuple(value.shape)} here")
+            here = tuple(_whole(name, value, ranges).shape)
+            if found.shape != here:
+                raise UserError(f"{prefix}: the optimizer's {key} of {name} is {tuple(found.shape)} in the checkpoint and {here} here")
             matched[index][key] = found
     return matched
 

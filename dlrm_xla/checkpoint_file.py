@@ -2,6 +2,7 @@
 
 Differs from upstream: nothing but tensors, numbers and text is ever unpickled (upstream's own files hold a NumPy number, which is let
 through by name), the file is written beside and put in place, and the key "dlrm_xla" holds what an exact resume needs beyond upstream's keys.
+A run on several ranks writes a folder (shards.py), whose index is such a file too: the numbers of its tensors lie in other files.
 """
 
 import errno
@@ -11,6 +12,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ _NUMPY_NUMBERS = [
     np.dtypes.Float32DType,
     np.dtypes.Int64DType,
 ]
+SAVE = "save-"  # how the folders of shards.py begin
+MARK = ".saves"  # in such a folder, before its first save too
 _REQUIRED = ("state_dict", "iter", "epoch", "nepochs", "nbatches", "nbatches_test", "train_loss", "total_loss", "test_acc")
 
 
@@ -56,7 +60,10 @@ class Progress:
 
 @dataclass
 class Checkpoint:
-    """A file that was read. `exact`: it is ours and holds everything an exact resume needs; `learning_rate`: of the next update."""
+    """A file that was read. `exact`: it is ours and holds everything an exact resume needs; `learning_rate`: of the next update.
+
+    Of a folder the tensors are on "meta", shapes only, and `shards` has their numbers; `copy` takes them from where they are.
+    """
 
     path: Path
     weights: dict[str, Tensor]
@@ -67,6 +74,24 @@ class Checkpoint:
     flags: dict = field(default_factory=dict)
     # of each table the method that made it, its knobs, ids ("rows") and length of a vector ("dim"); None: a file that does not say
     tables: list[dict] | None = None
+    shards: "Rows | None" = None
+
+    def copy(self, name: str, key: str, found: Tensor, first: int, into: Tensor) -> None:
+        """Rows [first, first + n) of `found` into `into` [n, ...]; a 0-D tensor as it is. UserError where they are damaged.
+
+        found: weights[name], where `key` is empty, or what the optimizer calls `key` of that parameter
+        """
+        if found.is_meta and self.shards is not None:
+            self.shards.copy(name, key, first, into)
+        else:
+            into.copy_(found[first : first + into.shape[0]] if found.dim() else found)
+
+
+class Rows(Protocol):
+    """Where the numbers of a folder's tensors are."""
+
+    def copy(self, name: str, key: str, first: int, into: Tensor) -> None:
+        """As Checkpoint.copy."""
 
 
 def check_writable(path: Path) -> None:
@@ -105,7 +130,17 @@ def _remove_stale(path: Path) -> None:
 
 def write(checkpoint: Checkpoint) -> None:
     """The file `checkpoint.path`, with upstream's keys and ours, whole or not at all. Every tensor is to be `alone`."""
-    path, progress = checkpoint.path, checkpoint.progress
+    path = checkpoint.path
+    try:
+        put(path, content_of(checkpoint))
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"--save-model={path}: cannot be written ({reason}); free some space or choose another place") from None
+
+
+def content_of(checkpoint: Checkpoint) -> dict:
+    """What a file holds, with upstream's keys and ours."""
+    progress = checkpoint.progress
     content = {
         "nepochs": progress.num_epochs,
         "nbatches": progress.num_batches,
@@ -124,6 +159,11 @@ def write(checkpoint: Checkpoint) -> None:
         content["dlrm_xla"]["tables"] = checkpoint.tables
     if not checkpoint.exact:
         content["dlrm_xla"]["exact"] = False
+    return content
+
+
+def put(path: Path, content: dict) -> None:
+    """The file, on the disk, whole or not at all. OSError, or RuntimeError of torch's writer, where that fails; nothing is left then."""
     beside = _beside(path)
     try:
         with open(beside, "wb") as file:
@@ -131,20 +171,26 @@ def write(checkpoint: Checkpoint) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        sync_folder(path.parent)
+    except (OSError, RuntimeError):
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"--save-model={path}: cannot be written ({reason}); free some space or choose another place") from None
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """What was made, renamed and removed in it is on the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def alone(part: Tensor) -> Tensor:
     """The same numbers as a tensor of their own: torch.save writes all the memory that a view is cut from. Only a view with gaps is copied."""
+    if part.is_meta:
+        return part
     return torch.from_numpy(part.numpy()) if part.is_contiguous() and part.nelement() else part.clone()
 
 
@@ -154,13 +200,31 @@ def read(path: Path, mapped: bool = False) -> Checkpoint:
     mapped: tensors stay in the file until they are looked at (not in files of torch before 1.6, which cannot be mapped).
     """
     flag = f"--load-model={path}"
+    if has_saves(path):
+        raise UserError(f"{flag}: is a folder; of a run on several ranks make one file: python -m dlrm_xla.export_checkpoint {path} OUT.pt")
+    content = load(path, flag, mapped)
+    if isinstance(content.get("dlrm_xla"), dict) and "shards" in content["dlrm_xla"]:
+        raise UserError(f"{flag}: is the index of a folder; --load-model wants the folder itself: {path.parent}")
+    return checkpoint_of(path, content, flag)
+
+
+def has_saves(path: Path) -> bool:
+    """Is it the folder of a run on several ranks, with or without a save in it?"""
+    return os.path.isdir(path) and ((path / MARK).exists() or any(path.glob(f"{SAVE}[0-9]*-epoch-*")))
+
+
+def load(path: Path, flag: str, mapped: bool, check_numbers: bool = True) -> dict:
+    """What torch.save has written, a dict of tensors, numbers and text. UserError, which begins with `flag`, for anything else.
+
+    check_numbers: check the sums of mapped tensors too, which reads all of the file
+    """
     try:
         if not path.exists():
             raise FileNotFoundError(errno.ENOENT, "No such file or directory")
         with torch.serialization.safe_globals(_NUMPY_NUMBERS):
             mapped = mapped and zipfile.is_zipfile(path)
-            if mapped and zipfile.ZipFile(path).testzip():  # a map is not checked otherwise
-                raise ValueError("its check sums are wrong")
+            if mapped:  # a map is not checked otherwise
+                _check_sums(path, check_numbers)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         # a file that is cut off can send torch to a place before its beginning
@@ -175,6 +239,21 @@ def read(path: Path, mapped: bool = False) -> Checkpoint:
         raise UserError(f"{flag}: not a readable checkpoint; is it complete? ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{flag}: holds a {type(content).__name__}, not a checkpoint of DLRM")
+    return content
+
+
+def _check_sums(path: Path, check_numbers: bool) -> None:
+    """Raises all sorts of errors where a sum is wrong."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if check_numbers or "/data/" not in name:
+                with archive.open(name) as record:
+                    while record.read(1 << 20):
+                        pass
+
+
+def checkpoint_of(path: Path, content: dict, flag: str) -> Checkpoint:
+    """What a file's content says. UserError, which begins with `flag`, where it is no checkpoint."""
     missing = [key for key in _REQUIRED if key not in content]
     if missing:
         raise UserError(f"{flag}: is not a whole checkpoint of DLRM: it lacks {', '.join(missing)}")

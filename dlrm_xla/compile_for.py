@@ -1,19 +1,22 @@
 """--compile-for: the training step and the test step of a run, compiled by the real TPU compiler on a machine without a TPU, and judged.
 
 The steps are traced with placeholders instead of tables, so tables of any size need no memory here. It fails where a program does not fit
-into the chip's memory, or makes a copy of a table's size: then a step costs as much as the tables are large.
+into the chip's memory, or makes a copy of a table's size: then a step costs as much as the tables are large. Of several chips one is traced, for
+all run the same program; what they send each other must be what the plan says.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, no_grad
 
 from dlrm_xla import hlo, tpu_compiler
-from dlrm_xla.batch import Batch
+from dlrm_xla.batch import Batch, rank_part
 from dlrm_xla.layouts import LANES
+from dlrm_xla.sharding import EVERYWHERE, Plan
 from dlrm_xla.stores import RowStore
 from dlrm_xla.tpu_compiler import Compiled
 from dlrm_xla.train import Trainer
@@ -26,6 +29,10 @@ USABLE_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 LEAST_BYTES = 1 << 20  # a smaller buffer is no table: copying it costs a microsecond, and its size says little about whose copy it is
 MEMORY = ("tables", "row state", "codes", "dense", "dense state", "batch and constants", "outputs", "temporaries", "code", "beside the program")
 
+# names of Plan.volumes
+IDS, VECTORS, GRADIENTS = "ids, all-to-all", "vectors, all-to-all", "gradients of vectors, all-to-all"
+SUMS, COPIES = "sums of gradients, all-reduce", "rows of copies, all-gather"
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -36,7 +43,9 @@ class StepReport:
                  Of a program that does not fit: parameters without padding, and the temporaries that the compiler's message names
     layouts      buffer name -> its type in the compiled program;  padding: bytes of buffers beyond their numbers
     copies       what it makes of a table's size in the chip's large memory;  moved: bytes through on-chip memory
+    collectives  what one chip hands to the others, by kind
     not_donated  buffers that the step changes and that got other memory for their new contents
+    planned      of several chips what the plan says of `collectives`: kind -> how many, and bytes by type; None: there is no plan
     """
 
     error: str
@@ -48,8 +57,17 @@ class StepReport:
     padding: int
     copies: list[hlo.Made]
     moved: int
-    collectives: dict[str, tuple[int, int]]
+    collectives: dict[str, hlo.Sent]
     not_donated: list[str]
+    planned: dict[str, tuple[int, dict[str, int]]] | None
+
+    @property
+    def unplanned(self) -> list[str]:
+        """The kinds of collectives that are not as planned."""
+        if self.error or self.planned is None:
+            return []
+        sent = {kind: (one.count, one.bytes) for kind, one in self.collectives.items()}
+        return sorted(kind for kind in sent.keys() | self.planned.keys() if sent.get(kind) != self.planned.get(kind))
 
     @property
     def total(self) -> int:
@@ -57,7 +75,8 @@ class StepReport:
 
     @property
     def passes(self) -> bool:
-        return not self.error and not self.copies and not self.not_donated and self.total <= self.usable * 2**30
+        sound = not self.copies and not self.not_donated and not self.unplanned
+        return not self.error and sound and self.total <= self.usable * 2**30
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -77,38 +96,93 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     return state
 
 
-def trace_steps(trainer: Trainer, tracer: "XlaTracer", train: Batch | None, test: Batch | None) -> dict[str, "TracedStep"]:
-    """The programs "test step" and "training step" of the batches that are there. The trainer is spent afterwards."""
+def trace_steps(
+    trainer: Trainer, tracer: "XlaTracer", train: Batch | None, test: Batch | None, results: dict[str, Callable[[], Tensor]] | None = None
+) -> dict[str, "TracedStep"]:
+    """The programs "test step" and "training step" of the batches that are there. The trainer is spent afterwards.
+
+    results: of XlaTracer.trace, for programs that will be run
+    """
     steps = {}
     if test is not None:
 
         @no_grad()
         def test_step():
-            prediction = trainer.forward(tracer.to_device(test))
-            tracer.end_step()  # as evaluate.predict, which would wait for the values
+            # as evaluate.predict, which would wait for the values
+            batch = tracer.to_device(test)
+            prediction = trainer.forward(batch)
+            if tracer.collectives.world > 1:
+                prediction = tracer.collectives.all_gather(torch.cat([prediction, batch.labels, batch.valid], 1))
+            tracer.end_step()
             return prediction
 
-        steps["test step"] = tracer.trace(test_step, state_of(trainer))
+        steps["test step"] = tracer.trace(test_step, state_of(trainer), results)
     if train is not None:
-        steps["training step"] = tracer.trace(lambda: trainer.step(tracer.to_device(train), 0, last_of_epoch=False), state_of(trainer))
+
+        def training_step():
+            trainer.step(tracer.to_device(train), 0, last_of_epoch=False)
+
+        steps["training step"] = tracer.trace(training_step, state_of(trainer), results)
     return steps
 
 
 def compile_steps(
     trainer: Trainer, tracer: "XlaTracer", train: Batch | None, test: Batch | None, topology: str, note: Callable[[str], None]
 ) -> dict[str, StepReport]:
-    """By step. UserError for a topology that the compiler does not know."""
-    state = state_of(trainer)
+    """By step. UserError for a topology that the compiler does not know. train, test: whole batches; of several chips the first one is traced."""
+    world, state = tracer.collectives.world, state_of(trainer)
+    train, test = (batch if batch is None or world == 1 else rank_part(batch, 0, world) for batch in (train, test))
     sizes = {name: tensor.nelement() * tensor.element_size() for name, tensor in state.items()}
     stores = list(trainer.tables.stores)
     steps = trace_steps(trainer, tracer, train, test)
-    compiled = tpu_compiler.compile_programs(topology, {name: (step.hlo, step.donated) for name, step in steps.items()}, note)
+    programs = {name: (step.hlo, step.donated) for name, step in steps.items()}
+    compiled = tpu_compiler.compile_programs(topology, programs, note, replicas=world)
     usable = USABLE_GIB[topology.split(":")[0]]
-    return {name: judge(step, compiled[name], stores, sizes, usable) for name, step in steps.items()}
+    planned = planned_collectives(trainer, None if train is None else world * train.size, None if test is None else world * test.size)
+    return {name: judge(step, compiled[name], stores, sizes, usable, planned[name]) for name, step in steps.items()}
 
 
-def judge(step: "TracedStep", compiled: Compiled, stores: list[RowStore], sizes: dict[str, int], usable: float) -> StepReport:
-    """sizes: bytes of every tensor of state_of, without padding."""
+def planned_collectives(trainer: Trainer, batch: int | None, test_batch: int | None) -> dict[str, dict[str, tuple[int, dict[str, int]]] | None]:
+    """By step, then as StepReport.planned. batch, test_batch: rows of the whole batches."""
+    plan, found = trainer.tables.plan, {}
+    if plan is None:
+        return {"training step": None, "test step": None}
+    exchanged = 1 if any(place != EVERYWHERE for place in plan.where) else 0
+    if batch is not None:
+        sizes = replace(plan, batch_size=batch).volumes(sum(parameter.nelement() for parameter in trainer.dense.parameters))
+        gathered = {part.store: 4 * part.width for n, part in enumerate(plan.parts) if plan.where[n] == EVERYWHERE}
+        gathered = {store: width for store, width in gathered.items() if not plan.sums_densely(store)}
+        found["training step"] = {
+            "all-to-all": (3 * exchanged, {"s32": sizes[IDS], "f32": sizes[VECTORS] + sizes[GRADIENTS]}),
+            "all-reduce": (1, {"f32": sizes[SUMS]}),
+            "all-gather": (2 * len(gathered), _of_copies(plan, batch // plan.world, gathered)),
+        }
+        assert sum(found["training step"]["all-gather"][1].values()) == sizes[COPIES]
+    if test_batch is not None:
+        sizes = replace(plan, batch_size=test_batch).volumes(0)
+        found["test step"] = {
+            "all-to-all": (2 * exchanged, {"s32": sizes[IDS], "f32": sizes[VECTORS]}),
+            "all-gather": (1, {"f32": 3 * 4 * (test_batch // plan.world)}),  # predictions, labels, which of them count
+        }
+    return {name: {kind: what for kind, what in kinds.items() if what[0]} for name, kinds in found.items()}
+
+
+def _of_copies(plan: Plan, rows: int, gathered: dict[int, int]) -> dict[str, int]:
+    """Bytes of the row numbers and of the gradients that a rank hands out for copies. rows: of its part of the batch; gathered: store -> bytes of
+    a row."""
+    looked_up = {store: rows * sum(plan.parts[n].columns for n in plan.replicated(store)) for store in gathered}
+    return {"s32": 4 * sum(looked_up.values()), "f32": sum(looked_up[store] * size for store, size in gathered.items())}
+
+
+def judge(
+    step: "TracedStep",
+    compiled: Compiled,
+    stores: list[RowStore],
+    sizes: dict[str, int],
+    usable: float,
+    planned: dict[str, tuple[int, dict[str, int]]] | None = None,
+) -> StepReport:
+    """sizes: bytes of every tensor of state_of, without padding; planned: of StepReport, None for one chip alone."""
     if compiled.error:
         return _without_program(step, compiled, stores, sizes, usable)
     types = hlo.parameters(compiled.text)
@@ -134,7 +208,8 @@ def judge(step: "TracedStep", compiled: Compiled, stores: list[RowStore], sizes:
     kept = hlo.donated(compiled.text)
     lost = [step.parameters[number].partition(":")[2] for number in step.donated if number not in kept]
     lost = [name for name in lost if name in layouts]
-    return StepReport("", None, usable, compiled.seconds, padded, layouts, padding, copies, moved, hlo.collectives(compiled.text), lost)
+    sent = hlo.collectives(compiled.text)
+    return StepReport("", None, usable, compiled.seconds, padded, layouts, padding, copies, moved, sent, lost, planned)
 
 
 def _without_program(step: "TracedStep", compiled: Compiled, stores: list[RowStore], sizes: dict[str, int], usable: float) -> StepReport:
@@ -146,7 +221,7 @@ def _without_program(step: "TracedStep", compiled: Compiled, stores: list[RowSto
         memory = _by_kind({name: sizes[name] for name in step.parameters if name}, stores)
         temporaries = re.search(r"HLO temp +([\d.]+)([KMGT]?)", compiled.error)
         memory["temporaries"] = int(_gib(temporaries[1], temporaries[2]) * 2**30) if temporaries else 0
-    return StepReport(" ".join(compiled.error.split())[:300], used, usable, compiled.seconds, memory, {}, 0, [], 0, {}, [])
+    return StepReport(" ".join(compiled.error.split())[:300], used, usable, compiled.seconds, memory, {}, 0, [], 0, {}, [], None)
 
 
 def _by_kind(sizes: dict[str, int], stores: list[RowStore]) -> dict[str, int]:

@@ -24,6 +24,8 @@ WORDS = {
     "beside the program": "on the chip, not used",
 }  # fmt: skip
 
+TYPE_WORDS = {"s32": "ids", "f32": "numbers"}
+
 
 def check_writable(path: Path) -> None:
     """UserError before minutes of compiling are lost."""
@@ -53,12 +55,13 @@ def _beside(path: Path) -> Path:
 
 def lines(config: Config, tables: EmbeddingCollection, steps: dict[str, StepReport]) -> list[str]:
     """The page."""
-    data, auto = config.data, config.table_layout == "auto"
+    data, auto, plan = config.data, config.table_layout == "auto", tables.plan
+    chips = "one chip" if plan is None else f"{plan.world} chips, all figures of one of them"
     batches = f"{config.train.optimizer}, batches of {data.batch_size} (test {data.test_batch_size})"
     if config.inference_only:
         batches = f"test batches of {data.test_batch_size}"
     page = [
-        f"compiled for {config.compile_for}, one chip, by libtpu {VERSIONS['libtpu']}: {batches}",
+        f"compiled for {config.compile_for}, {chips}, by libtpu {VERSIONS['libtpu']}: {batches}",
         f"tables: {tables.describe()}{', the choice of --table-layout=auto for a TPU' if auto else ''}",
         "",
     ]
@@ -132,8 +135,26 @@ def _faults(name: str, step: StepReport) -> list[str]:
         page.append(f"{name}: NOT UPDATED IN PLACE: {', '.join(step.not_donated)}")
     if step.total > step.usable * 2**30:
         page.append(_does_not_fit(name, step.total / 2**30, step.usable))
-    sent = ", ".join(f"{count} {kind} of {size_text(size)}" for kind, (count, size) in step.collectives.items())
-    return [*page, f"{name}: sent to other chips: {sent or 'nothing'}"]
+    sent = ", ".join(_sent(kind, one) for kind, one in step.collectives.items())
+    return [*page, f"{name}: sent to other chips: {sent or 'nothing'}", *_plan_lines(name, step)]
+
+
+def _sent(kind: str, one: hlo.Sent) -> str:
+    sizes = " and ".join(f"{size_text(size)} of {TYPE_WORDS.get(dtype, dtype)}" for dtype, size in one.bytes.items())
+    return f"{one.count} {kind} ({sizes}{f', {one.tokens} bytes that keep order' if one.tokens else ''})"
+
+
+def _plan_lines(name: str, step: StepReport) -> list[str]:
+    """Of several chips whether they send each other what the plan says."""
+    if step.planned is None:
+        return []
+    if not step.unplanned:
+        return [f"{name}: as the plan says, to the byte"]
+    kinds = []
+    for kind in step.unplanned:
+        count, sizes = step.planned.get(kind, (0, {}))
+        kinds.append(f"{count} {kind} of {', '.join(f'{size:,} bytes of {dtype}' for dtype, size in sizes.items()) or '0 bytes'}")
+    return [f"{name}: NOT AS PLANNED: the plan has {'; '.join(kinds)}"]
 
 
 def bytes_a_lookup(store: RowStore, layout: str, array: hlo.Array | None) -> int:
@@ -165,9 +186,9 @@ def _moves(store: RowStore, text: str) -> tuple[int, int]:
 def as_json(config: Config, tables: EmbeddingCollection, steps: dict[str, StepReport]) -> dict:
     """Bytes; GiB for used and usable, as the compiler speaks."""
     report = {
-        "compile_for": config.compile_for, "versions": VERSIONS, "optimizer": config.train.optimizer, "batch_size": config.data.batch_size,
-        "test_batch_size": config.data.test_batch_size, "table_layout": tables.layout.name,
-        "passes": all(step.passes for step in steps.values()), "steps": {}, "stores": [],
+        "compile_for": config.compile_for, "chips": tables.plan.world if tables.plan else 1, "versions": VERSIONS,
+        "optimizer": config.train.optimizer, "batch_size": config.data.batch_size, "test_batch_size": config.data.test_batch_size,
+        "table_layout": tables.layout.name, "passes": all(step.passes for step in steps.values()), "steps": {}, "stores": [],
     }  # fmt: skip
     for name, step in steps.items():
         report["steps"][name] = {**asdict(step), "total": step.total, "passes": step.passes}

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import asdict, dataclass, replace
 
-from dlrm_xla.rules import check, chosen_device, ints, multi_hot_sizes, quantized
+from dlrm_xla.rules import check, chosen_device, ints, multi_hot_sizes, quantized, tpu_cores
 from dlrm_xla.specs import parse_size
 
 
@@ -121,6 +121,20 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
+class RanksConfig:
+    """What the flags say about ranks; how many there are is the launcher's affair (launch.py)."""
+
+    local_rank: int = -1  # -1: the launcher's variables
+    dist_backend: str = ""  # "" | "gloo" | "nccl"
+    tpu_cores: int = 0  # 0: all chips of the host
+    sharding: str = "auto"  # "auto" | "data" | "table" | "row" | "hybrid"
+    rank_bytes: int | None = None  # for tables and their optimizer's state
+    plan_only: bool = False
+    plan_ranks: int = 0
+    spmd: bool = False
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig
     method: MethodConfig
@@ -136,6 +150,11 @@ class Config:
     upstream_compat: bool
     compile_for: str  # "" or a TPU topology, "v5e:2x2"
     json_file: str
+    ranks: RanksConfig = RanksConfig()  # noqa: RUF009 (frozen)
+
+    @property
+    def quantized(self) -> bool:
+        return self.quantize_mlp_bits != 32 or self.quantize_embedding_bits != 32
 
     def with_num_dense(self, num_dense: int) -> "Config":
         """The bottom MLP's input as wide as the data's dense columns, which a table's schema says and no flag."""
@@ -218,4 +237,8 @@ class Config:
             upstream_compat=args.upstream_compat,
             compile_for=args.compile_for or "",
             json_file=args.json,
+            ranks=RanksConfig(
+                args.local_rank, args.dist_backend, tpu_cores(args), args.sharding,
+                parse_size("--rank-memory", args.rank_memory) if args.rank_memory else None, args.plan_only, args.plan_ranks, args.spmd,
+            ),
         )

@@ -119,6 +119,10 @@ class Console:
 
     # upstream's lines, in the order of a run
 
+    def ranks(self, size: int, backend: str) -> None:
+        """Where there are several. backend: "gloo" | "nccl" | "xla"."""
+        self.line(f"Running on {size} ranks using {backend} backend")
+
     def world(self, size: int = 1, rank: int = 0, local_rank: int = 0) -> None:
         """Upstream leaves this line out in debug mode."""
         self.line(f"world size: {size}, current rank: {rank}, local rank: {local_rank}")
@@ -252,6 +256,19 @@ class Console:
             _drop_output(stream)
             name = "stdout" if stream is self._out else "stderr"
             raise UserError(f"{name} cannot be written ({error.strerror}); free some space or send it elsewhere") from None
+
+
+class SilentConsole(Console):
+    """Of a rank that is not the first: upstream's line about ranks, which each of them prints, and nothing else."""
+
+    def world(self, size: int = 1, rank: int = 0, local_rank: int = 0) -> None:
+        super()._write(self._out, f"world size: {size}, current rank: {rank}, local rank: {local_rank}")
+
+    def start_bar(self, num_batches: int, done: int = 0) -> None:
+        pass
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        pass
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute")
+COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "collective-broadcast", "ragged-all-to-all")
 # what names a value, wraps others or updates its first operand in place
 NOT_MADE = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "scatter", "dynamic-update-slice", "optimization-barrier",
@@ -75,6 +75,24 @@ class Made:
     name: str
     op: str
     array: Array
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one chip hands to all collectives of a kind, its own share included.
+
+    count   how often the kind stands in the program
+    bytes   by type, "s32", "f32";  padded: all of them in the tiles in which they lie;  tokens: bytes that only keep collectives in order
+    """
+
+    count: int
+    bytes: dict[str, int]
+    padded: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
 
 
 def arrays(text: str) -> tuple[Array, ...]:
@@ -163,13 +181,22 @@ def _made_by_fusion(parts: dict[str, dict[str, Instruction]], fusion: Instructio
     return tuple(made)
 
 
-def collectives(program: str) -> dict[str, tuple[int, int]]:
-    """Kind -> how often it stands in the program, and bytes of its results."""
-    found: dict[str, tuple[int, int]] = {}
+def collectives(program: str) -> dict[str, Sent]:
+    """By kind. One that starts in one instruction and ends in another counts once, and so does one inside a loop."""
+    found: dict[str, Sent] = {}
     for part in computations(program).values():
         for instruction in part.values():
             kind = instruction.op.removesuffix("-start")
-            if kind in COLLECTIVES:
-                count, size = found.get(kind, (0, 0))
-                found[kind] = (count + 1, size + sum(array.bytes for array in instruction.results))
+            if kind not in COLLECTIVES:
+                continue
+            handed = [array for operand in instruction.operands if operand in part for array in part[operand].results]
+            sent = found.setdefault(kind, Sent(0, {}, 0, 0))
+            by_type = dict(sent.bytes)
+            # torch_xla chains collectives by a number that an all-reduce sums beside its values
+            values = [array for array in handed if array.dims or len(handed) == 1]
+            for array in values:
+                by_type[array.dtype] = by_type.get(array.dtype, 0) + array.bytes
+            tokens = sum(array.bytes for array in handed) - sum(array.bytes for array in values)
+            padded = sum(array.padded_bytes for array in values)
+            found[kind] = Sent(sent.count + 1, by_type, sent.padded + padded, sent.tokens + tokens)
     return found

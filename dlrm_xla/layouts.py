@@ -57,8 +57,24 @@ class Layout(Protocol):
     def as_rows(self, buffer: Tensor, region: Region, num_rows: int) -> Tensor:
         """[num_rows, width] or [num_rows]: a view of a buffer in the host's memory."""
 
+    def to_host(self, buffer: Tensor) -> Tensor:
+        """A buffer whole in the host's memory; itself where it lies there."""
 
-class RowsLayout:
+    def from_host(self, buffer: Tensor, values: Tensor) -> None:
+        """The buffer becomes values [like the buffer], in place."""
+
+
+class _WholeBuffers:
+    """A buffer is one tensor on one device."""
+
+    def to_host(self, buffer: Tensor) -> Tensor:
+        return buffer.cpu()
+
+    def from_host(self, buffer: Tensor, values: Tensor) -> None:
+        buffer.copy_(values)
+
+
+class RowsLayout(_WholeBuffers):
     """Row after row: a buffer [V, width] or [V] for each field.
 
     add_rows: how this device adds to rows in place (ops/rows.py);  ragged: as in Layout
@@ -85,7 +101,7 @@ class RowsLayout:
         return buffer
 
 
-class PackedLayout:
+class PackedLayout(_WholeBuffers):
     """Lines of 128 lanes: one buffer [lines, 128] for all fields, one field after the other.
 
     128 / stride rows of a field share a line, or a row longer than 128 takes several. stride is the width rounded up to a divisor of 128, or to a

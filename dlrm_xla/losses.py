@@ -8,11 +8,12 @@ from torch.nn import functional
 
 from dlrm_xla.config import LossConfig
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def make_loss(config: LossConfig) -> Loss:
-    """loss(prediction [B, 1], label [B, 1], valid [B, 1]) -> 0-D mean over the valid rows.
+    """loss(prediction [B, 1], label [B, 1], valid [B, 1], num_counted 0-D) -> 0-D: the sum over the valid rows / num_counted, which is their
+    mean, or of one rank's part of a batch its share of the whole batch's mean.
 
     Cross entropy clamps each logarithm at -100, as torch and so upstream do. Upstream's wbce promotes to float64; this stays in float32.
     """
@@ -30,7 +31,7 @@ def make_loss(config: LossConfig) -> Loss:
 
     row_loss = {"mse": squared, "bce": cross_entropy, "wbce": weighted_cross_entropy}[config.function]
 
-    def loss(prediction: Tensor, label: Tensor, valid: Tensor) -> Tensor:
-        return (row_loss(prediction, label) * valid).sum() / valid.sum()
+    def loss(prediction: Tensor, label: Tensor, valid: Tensor, num_counted: Tensor) -> Tensor:
+        return (row_loss(prediction, label) * valid).sum() / num_counted
 
     return loss

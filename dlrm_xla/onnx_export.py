@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from dlrm_xla.batch import Batch, to_bags
-from dlrm_xla.embeddings import EmbeddingCollection, EmbeddingTable
+from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.models.dlrm import DLRM
 from dlrm_xla.specs import UserError
 from dlrm_xla.stores import RowStore
+from dlrm_xla.tables import EmbeddingTable
 from dlrm_xla.train import Trainer
 
 FILE_NAME = "dlrm_s_pytorch.onnx"  # in the current directory, as upstream

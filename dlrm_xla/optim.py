@@ -75,6 +75,15 @@ class DenseOptimizer:
         self.parameters, self.rule, self.ops = parameters, rule, ops
         self.state = [{name: torch.zeros_like(parameter) for name in rule.dense_state} for parameter in parameters]
 
+    def gradients(self) -> list[Tensor]:
+        """Of the parameters that have one."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def set_gradients(self, grads: list[Tensor]) -> None:
+        """Put other values in the place of `gradients()`."""
+        for parameter, grad in zip([parameter for parameter in self.parameters if parameter.grad is not None], grads, strict=True):
+            parameter.grad = grad
+
     @torch.no_grad()
     def step(self, neg_lr: Tensor, scale: float = 1.0) -> None:
         """One update from the gradients times `scale`; clears them. A parameter without a gradient stays as it is."""

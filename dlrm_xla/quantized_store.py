@@ -20,7 +20,7 @@ from dlrm_xla.ops.bags import distinct_row_grads, pack
 from dlrm_xla.ops.noise import uniform_noise
 from dlrm_xla.ops.rows import count_up, sum_duplicates, sum_sorted
 from dlrm_xla.specs import UserError
-from dlrm_xla.stores import FieldStore, check_rows
+from dlrm_xla.stores import FieldStore, Window, check_rows
 
 LARGEST = 127
 FILL_ROWS = 1 << 18  # rows rounded at a time
@@ -33,6 +33,8 @@ class QuantizedStore(FieldStore):
     Fields: "data", words [V, ceil(d / 4)] int32; "scale" [V] float32; a vector [V] for each of rule.scalars. clock: updates so far, which the
     rounding's noise depends on, 0-D int32.
     """
+
+    reads_bags = False  # no bag_sum: a row has to be made of its codes first
 
     def __init__(self, num_rows: int, width: int, rule, layout: Layout, device: str = "cpu"):
         super().__init__()
@@ -88,6 +90,11 @@ class QuantizedStore(FieldStore):
         self._add("data", rows, new - words)
         self._add("scale", rows, grown - scale)
 
+    @staticmethod
+    def row_bytes(width: int, rule) -> int:
+        """Of one row with its optimizer's state."""
+        return 4 * (-(-width // 4) + 1 + len(rule.scalars))
+
     def _codes(self, words: Tensor) -> Tensor:
         """[K, W] int32 -> [K, d] int32 in -128..127."""
         shifts = 24 - 8 * count_up(4, torch.int32, words.device)
@@ -127,10 +134,10 @@ class QuantizedStore(FieldStore):
         return fields["weight"][:, : self.width].float() * fields["scale"][:, None]
 
     @torch.no_grad()
-    def fill(self, start: int, num_rows: int, fill: Callable[[Tensor], None]) -> None:
-        """The values that `fill` writes, rounded to the nearest of 255 in the range of each row."""
+    def fill(self, start: int, num_rows: int, fill: Callable[[Tensor], None], first: int, total: int) -> None:
+        """The values that `fill` writes, rounded to the nearest of 255 in the range of each row. As RowStore.fill."""
         values = torch.empty(num_rows, self.width)
-        fill(values)
+        fill(values if num_rows == total else Window(values, first, total))
         fields = self.fields(self.on_host())
         for first in range(0, num_rows, FILL_ROWS):
             piece = values[first : first + FILL_ROWS]

@@ -15,6 +15,7 @@ def check(args, bottom: tuple[int, ...]) -> None:
     check_numbers(args)
     check_architecture(args, bottom, ints(args.arch_mlp_top))
     check_data(args)
+    check_ranks(args)
     check_compile_for(args)
 
 
@@ -40,12 +41,13 @@ def refuse_unsupported(args) -> None:
             "--data-generation=internal: needs a library that Meta has not published; use random, synthetic or dataset",
         ),
         (args.plot_compute_graph, "--plot-compute-graph: upstream only ends with an error message here; --save-onnx writes the graph"),
-        (args.local_rank != -1, f"--local_rank={args.local_rank}: this version trains in one process; leave it out"),
-        (args.dist_backend != "", f"--dist-backend={args.dist_backend}: this version trains in one process; leave it out"),
-        (args.tpu_cores != 1, f"--tpu-cores={args.tpu_cores}: this version trains on one chip; use --tpu-cores=1"),
+        (
+            args.dist_backend not in ("", "gloo", "nccl"),
+            f"--dist-backend={args.dist_backend}: this version connects ranks by gloo (CPU) or nccl (CUDA), which come with PyTorch; use one",
+        ),
         (
             not args.sync_dense_params,
-            "--sync-dense-params=False: concerns several GPUs in one process; this version uses one; leave it out",
+            "--sync-dense-params=False: the MLPs of the ranks would train apart and no checkpoint could hold them; leave it out",
         ),
     )
     for wrong, message in refusals:
@@ -301,6 +303,67 @@ def check_compile_for(args) -> None:
     ):
         if on:
             raise UserError(f"{given} {reason}; leave {flag} out")
+
+
+def check_ranks(args) -> None:
+    """Of the flags that place a run on several devices; what depends on how many ranks there are is in check_world."""
+    device = chosen_device(args)
+    rules = (
+        (args.local_rank < -1, f"--local_rank={args.local_rank}: must be at least 0, or -1 for what the launcher's variables say"),
+        (args.dist_backend == "nccl" and device in ("cpu", "xla"), f"--dist-backend=nccl: connects CUDA devices, and --device={device} is none"),
+        (
+            args.dist_backend == "gloo" and device == "xla",
+            "--dist-backend=gloo: leaves tensors on XLA as they are without a word; chips of a TPU exchange by themselves; leave it out",
+        ),
+        (tpu_cores(args) < 0, f"--tpu-cores={tpu_cores(args)}: must be at least 1, or 0 for all chips of this host"),
+        (args.plan_ranks < 0, f"--plan-ranks={args.plan_ranks}: must be at least 1, or 0 for the ranks of this launch"),
+        (args.plan_ranks > 0 and not args.plan_only, f"--plan-ranks={args.plan_ranks}: is for --plan-only; add it or leave this out"),
+        (args.plan_only and args.compile_for is not None, "--plan-only and --compile-for both end without training; leave one of them out"),
+        (args.spmd and device != "xla", "--spmd: one process for all devices is a way of XLA's; add --device=xla"),
+        (args.spmd and tpu_cores(args) > 0, f"--spmd: one process takes all devices; leave --tpu-cores={tpu_cores(args)} out"),
+        (
+            args.spmd and args.weighted_pooling == "learned",
+            "--spmd: learned pooling weights are dense, and every step would sum one for each row of each table over the devices; use "
+            "--weighted-pooling=fixed, or leave --spmd out",
+        ),
+        (args.spmd and args.plan_only, "--plan-only: plans ranks, and --spmd is one process; leave one of them out"),
+    )
+    for wrong, message in rules:
+        if wrong:
+            raise UserError(message)
+
+
+def tpu_cores(args) -> int:
+    """--tpu-cores, or --tpu_num_cores as launchers append it; 0: all."""
+    if args.tpu_cores and args.tpu_num_cores and args.tpu_cores != args.tpu_num_cores:
+        raise UserError(f"--tpu-cores={args.tpu_cores} and --tpu_num_cores={args.tpu_num_cores} mean the same and differ; leave one of them out")
+    return args.tpu_cores or args.tpu_num_cores
+
+
+def check_world(config, world: int) -> None:
+    """Rules between a Config and how many ranks there are, `world`. Raises UserError."""
+    if world == 1:
+        return
+    check_batches(config, world)
+    for flag, on, reason in (
+        ("--spmd", config.ranks.spmd, "is one process for all devices"),
+        ("--compile-for", config.compile_for, "runs in one process; --tpu-cores says how many chips it compiles for"),
+        ("--save-onnx", config.output.save_onnx, "writes a whole model, which no rank has; export in one process with --load-model"),
+        ("--debug-mode", config.output.debug, "prints whole tables, which no rank has"),
+        ("--quantize-mlp-with-bit or --quantize-emb-with-bit", config.quantized, "quantizes a whole model, which no rank has; test in one process"),
+    ):
+        if on:
+            raise UserError(f"{flag} {reason}; leave it out with {world} ranks")
+
+
+def check_batches(config, world: int) -> None:
+    """UserError for batches that do not divide among the ranks."""
+    data, train = config.data, config.data.batch_size
+    for name, rows in (("mini-batch-size", train), *((("test-mini-batch-size", data.test_batch_size),) if data.test_batch_size != train else ())):
+        if rows % world:
+            below = rows // world * world
+            near = f"{below} or {below + world}" if below else f"{world}"
+            raise UserError(f"--{name}={rows}: is the batch of all {world} ranks together and does not divide among them; use {near}")
 
 
 def quantized(args) -> bool:

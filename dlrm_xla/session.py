@@ -98,7 +98,7 @@ class Session:
                 self.meter.arrived()
                 trainer.observe(batch)
                 trainer.step(trainer.backend.to_device(batch), index, last_of_epoch=index + 1 == num_batches)
-                self.meter.finished(batch.num_valid)
+                self.meter.finished(batch.num_counted)
                 done = progress.batch = index + 1
                 self.console.advance()
                 test = self.test_freq > 0 and (done % self.test_freq == 0 or done == num_batches)

@@ -28,6 +28,31 @@ def check_rows(num_rows: int, width: int, layout: Layout) -> None:
         )
 
 
+class Window:
+    """Rows [first, first + n) of a matrix [total, width] that a `fill` believes to write whole: what falls outside is drawn and forgotten.
+
+    It stands for a tensor as far as fills go: shape, slices of rows, writing into them in place.
+    """
+
+    def __init__(self, rows: Tensor, first: int, total: int, offset: int = 0):
+        """rows [n, width]; offset: of this window's row 0 in the matrix."""
+        self.rows, self.first, self.offset = rows, first, offset
+        self.shape = torch.Size((total, rows.shape[1]))
+
+    def __getitem__(self, piece: slice) -> "Window":
+        start, stop, _ = piece.indices(self.shape[0])
+        return Window(self.rows, self.first, max(stop - start, 0), self.offset + start)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def copy_(self, values: Tensor) -> "Window":
+        begin, end = max(self.offset, self.first), min(self.offset + self.shape[0], self.first + self.rows.shape[0])
+        if begin < end:
+            self.rows[begin - self.first : end - self.first].copy_(values.expand(self.shape)[begin - self.offset : end - self.offset])
+        return self
+
+
 class FieldStore(nn.Module):
     """What stores of rows share: fields in buffers, as a layout has them. Subclasses set num_rows, layout, regions and buffer_names."""
 
@@ -46,14 +71,14 @@ class FieldStore(nn.Module):
 
     def on_host(self) -> dict[str, Tensor]:
         """Buffer name -> that buffer in the host's memory; on a CPU the buffers themselves. For `fields` and `load`."""
-        return {name: getattr(self, name).cpu() for name in self.buffer_names}
+        return {name: self.layout.to_host(getattr(self, name)) for name in self.buffer_names}
 
     @torch.no_grad()
     def load(self, buffers: dict[str, Tensor]) -> None:
         """Send what was written into on_host() back to the device."""
         for name, value in buffers.items():
             if getattr(self, name) is not value:
-                getattr(self, name).copy_(value)
+                self.layout.from_host(getattr(self, name), value)
 
 
 class RowStore(FieldStore):
@@ -63,6 +88,8 @@ class RowStore(FieldStore):
     rule.scalars. The layout says which buffers hold them. scratch: [V] int32, any content, where duplicates are found with its help.
     device: "cpu", or "meta": shapes only.
     """
+
+    reads_bags = True
 
     def __init__(self, num_rows: int, width: int, rule, layout: Layout, device: str = "cpu"):
         super().__init__()
@@ -144,9 +171,16 @@ class RowStore(FieldStore):
         records = whole.pop("data")
         return {name: records[:, i * self.width : (i + 1) * self.width] for i, name in enumerate(self.rule.record)} | whole
 
-    def fill(self, start: int, num_rows: int, fill: Callable[[Tensor], None]) -> None:
-        """Starting values of rows [start, start + num_rows), written by `fill` into a view of them. While the store is in the host's memory."""
-        fill(self.weight()[start : start + num_rows])
+    def fill(self, start: int, num_rows: int, fill: Callable[[Tensor], None], first: int, total: int) -> None:
+        """Starting values of rows [start, start + num_rows), rows first, ... of `total`, written by `fill` into a view of them. While the store is in
+        the host's memory."""
+        rows = self.weight()[start : start + num_rows]
+        fill(rows if num_rows == total else Window(rows, first, total))
+
+    @staticmethod
+    def row_bytes(width: int, rule) -> int:
+        """Of one row with its optimizer's state."""
+        return 4 * (width * len(rule.record) + len(rule.scalars))
 
     def saved(self, fields: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
         """What a checkpoint keeps of some rows beside the optimizer's state, by what it appends to the part's name: views of `fields`."""

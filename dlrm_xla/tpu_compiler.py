@@ -2,13 +2,15 @@
 
     python -m dlrm_xla.tpu_compiler JOB.json
 
-JOB.json: {"topology": "v5e:2x2", "programs": [{"hlo": FILE, "donated": [parameter numbers], "compiled": FILE to write}], "result": FILE to
-write}. The result: {"programs": [...], "versions": {...}} with, for each program, the fields of `Compiled`; or {"error": message}.
+JOB.json: {"topology": "v5e:2x2", "replicas": chips that run each program, "programs": [{"hlo": FILE, "donated": [parameter numbers],
+"compiled": FILE to write}], "result": FILE to write}. The result: {"programs": [...], "versions": {...}} with, for each program, the fields of
+`Compiled`; or {"error": message}.
 """
 
 import ctypes
 import importlib.metadata
 import json
+import math
 import os
 import re
 import signal
@@ -70,8 +72,9 @@ def require(versions: dict[str, str] = VERSIONS) -> None:
             )
 
 
-def check_topology(topology: str) -> None:
-    """UserError, without a start of the compiler, for one that libtpu refuses: its chips come in hosts of 2 x 2 x 1. "GENERATION:AxB" or "AxBxC"."""
+def check_topology(topology: str, replicas: int = 1) -> None:
+    """UserError, without a start of the compiler, for one that libtpu refuses: its chips come in hosts of 2 x 2 x 1. "GENERATION:AxB" or "AxBxC".
+    Also where it has fewer chips than run the program together; it may have more."""
     generation, _, shape = topology.partition(":")
     sizes = [int(size) for size in shape.split("x")]
     if sizes[0] % 2 or sizes[1] % 2 or 0 in sizes:
@@ -79,16 +82,24 @@ def check_topology(topology: str) -> None:
             f"--compile-for={topology}: there are TPUs of 2 x 2 chips and multiples of that, so the first two numbers must be even; as "
             f"{', '.join(f'{generation}:{example}' for example in TOPOLOGIES[generation])} (the program of one chip is the same for all of them)"
         )
+    if replicas > math.prod(sizes):
+        raise UserError(
+            f"--compile-for={topology}: has {math.prod(sizes)} chips and the run is for {replicas}; name a larger topology, as "
+            f"{', '.join(f'{generation}:{example}' for example in TOPOLOGIES[generation])}, or lower --tpu-cores"
+        )
 
 
 def compile_programs(
-    topology: str, programs: dict[str, tuple[str, tuple[int, ...]]], note: Callable[[str], None], python: str = sys.executable
+    topology: str, programs: dict[str, tuple[str, tuple[int, ...]]], note: Callable[[str], None], python: str = sys.executable, replicas: int = 1
 ) -> dict[str, Compiled]:
-    """Each program's name -> (HLO text, donated parameters) -> what the compiler made of it. UserError for a topology that it does not know."""
+    """Each program's name -> (HLO text, donated parameters) -> what the compiler made of it. UserError for a topology that it does not know.
+
+    replicas: chips of the topology that run the same program together; 1: the program of one chip
+    """
     with tempfile.TemporaryDirectory(prefix="dlrm_xla_") as folder:
         names = {name: Path(folder) / str(number) for number, name in enumerate(programs)}
         job = {
-            "topology": topology, "result": f"{folder}/result.json",
+            "topology": topology, "replicas": replicas, "result": f"{folder}/result.json",
             "programs": [
                 {"name": name, "hlo": f"{names[name]}.hlo", "compiled": f"{names[name]}.compiled", "donated": donated}
                 for name, (_, donated) in programs.items()
@@ -149,11 +160,12 @@ def main(path: str) -> None:
     except Exception as error:  # whatever libtpu says about a name
         answer = {"error": " ".join(str(error).split())}
     else:
-        answer = {"programs": [compile_one(program, topology.devices[0], job["topology"]) for program in job["programs"]]}
+        devices = tuple(topology.devices[: job["replicas"]])
+        answer = {"programs": [compile_one(program, devices, job["topology"]) for program in job["programs"]]}
     Path(job["result"]).write_text(json.dumps(answer))
 
 
-def compile_one(program: dict, device, topology: str) -> dict:
+def compile_one(program: dict, devices: tuple, topology: str) -> dict:
     import time
 
     from jaxlib import xla_client
@@ -164,10 +176,10 @@ def compile_one(program: dict, device, topology: str) -> dict:
     mlir = xla_client._xla.mlir.xla_computation_to_mlir_module(computation)
     mlir = mark_donated(mlir if isinstance(mlir, str) else mlir.decode(), set(program["donated"]))
     options = xla_client.CompileOptions()
-    options.num_replicas = options.num_partitions = 1
+    options.num_replicas, options.num_partitions = len(devices), 1
     start = time.monotonic()
     try:
-        executable = device.client.compile(mlir.encode(), xla_client.DeviceList((device,)), options)
+        executable = devices[0].client.compile(mlir.encode(), xla_client.DeviceList(devices), options)
     except Exception as error:  # out of memory, mostly
         return {"error": str(error), "seconds": time.monotonic() - start}
     seconds = time.monotonic() - start

@@ -235,12 +235,41 @@ class Tracker:
         self._tags.update(dict.fromkeys(scalars))
 
 
-def describe_environment(device: str, argv: list[str]) -> dict:
+class SilentTracker:
+    """Of a rank that is not the first: a Tracker that leaves nothing behind."""
+
+    def __init__(self, run_dir: Path, tensorboard_dir: Path):
+        self.run_dir, self.tensorboard_dir = Path(run_dir), Path(tensorboard_dir)
+
+    def train(
+        self, step: int, epoch: int, loss: float, interval: Interval, compiles: int | None = None, fallbacks: int | None = None
+    ) -> None:
+        pass
+
+    def test(self, step: int, epoch: int | None, metrics: TestMetrics, mlperf: dict[str, float] | None = None) -> None:
+        pass
+
+    def close(self, final: dict) -> dict[str, Path]:
+        return {"run": self.run_dir, "tensorboard": self.tensorboard_dir, "metrics": self.run_dir, "summary": self.run_dir}
+
+    def stop(self) -> None:
+        pass
+
+    def __enter__(self) -> "SilentTracker":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        pass
+
+
+def describe_environment(device: str, argv: list[str], world: int = 1, dist_backend: str = "") -> dict:
     """What a reader needs to repeat a run: versions, machine, device, commit of this code (None outside a checkout), command line, time."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": list(argv),
         "device": device,
+        "world_size": world,
+        "dist_backend": dist_backend,
         "python": platform.python_version(),
         **{package.replace("-", "_"): _version(package) for package in PACKAGES},
         "platform": platform.platform(),

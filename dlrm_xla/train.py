@@ -40,7 +40,7 @@ class LossMeter:
         self._send(loss_sum, rows, first_bad, float(batch))
 
     def add(self, loss: Tensor, num_rows: Tensor) -> None:
-        """loss, num_rows: 0-D, on the device."""
+        """loss, num_rows: 0-D, on the device; of several ranks those of all together."""
         loss_sum, rows, first_bad, batch = self.totals.unbind()
         batch = batch + 1
         first_bad = torch.where(torch.isfinite(loss), first_bad, torch.minimum(first_bad, batch))
@@ -105,36 +105,44 @@ class Trainer:
         group, compat = self.config.train.accumulate, self.config.upstream_compat
         if compat and (index + 1) % group == 0:
             self.drop_pending()
-        self._backward(batch, index)
+        loss = self._backward(batch, index)
         if (index + 1) % group == 0 or (last_of_epoch and not compat):
-            self.update()
+            loss = self.update(loss)
+        else:
+            (loss,) = self.backend.collectives.sum_all([loss])
+        self.meter.add(loss, batch.num_counted)
         self.backend.end_step()
 
-    def _backward(self, batch: StepBatch, index: int) -> None:
-        """Forward and backward. A function of its own: XLA writes out every tensor that is still held when a step ends (24 MB a step of the
-        Kaggle model at batch 2048).
+    def _backward(self, batch: StepBatch, index: int) -> Tensor:
+        """Forward and backward; the loss, 0-D, of several ranks this one's share. A function of its own: XLA writes out every tensor that is still
+        held when a step ends (24 MB a step of the Kaggle model at batch 2048).
         """
         lookup = self.tables.lookup(batch.ids, batch.weights)
         prediction = self.model(batch.dense, lookup.pooled)
         try:
-            loss = self.loss(prediction, batch.labels, batch.valid)
+            loss = self.loss(prediction, batch.labels, batch.valid, batch.num_counted)
         except RuntimeError:  # torch's cross entropy refuses a prediction of NaN on the CPU
             if prediction.isfinite().all():
                 raise
             raise NotFiniteLoss(index + 1) from None
         loss.backward()
-        self.meter.add(loss.detach(), batch.valid.sum())
         self._pending.append(lookup)
+        return loss.detach()
 
-    def update(self) -> None:
-        """One step of every optimizer with the mean of the pending batches' gradients."""
+    def update(self, loss: Tensor) -> Tensor:
+        """One step of every optimizer with the mean of the pending batches' gradients. loss: of the last batch; its sum over all ranks is returned,
+        which travels with the gradients."""
         neg_lr = self.negative_rate(self.next_rate())
         self.updates += 1
         self.first_rate = None
         scale = 1.0 / len(self._pending)
-        self.tables.update(self._pending, neg_lr, scale)
+        shared = self.tables.shared_gradients(self._pending, scale)
+        loss, *sums = self.backend.collectives.sum_all([loss, *shared, *self.dense.gradients()])
+        self.dense.set_gradients(sums[len(shared) :])
+        self.tables.update(self._pending, neg_lr, scale, sums[: len(shared)])
         self.dense.step(neg_lr, scale)
         self._pending = []
+        return loss
 
     def observe(self, batch: Batch) -> None:
         """A batch in the host's memory, before it is trained on, for the tables that count ids."""

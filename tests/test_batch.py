@@ -95,7 +95,7 @@ def test_two_packed_tensors_hold_the_whole_batch(given_bags, more, weighted):
     assert floats.shape[1] == num_dense + 2 + (sum(hotness) if weighted else 0)
     there = StepBatch.from_packed(floats, ids, weighted)
     assert torch.equal(there.dense, batch.dense) and torch.equal(there.ids, batch.ids) and torch.equal(there.labels, batch.labels)
-    assert torch.equal(there.valid, batch.valid_mask())
+    assert torch.equal(there.valid, batch.valid_mask()) and there.num_counted.item() == batch.num_valid
     assert (there.weights is None and batch.weights is None) or torch.equal(there.weights, batch.weights)
 
 

@@ -318,7 +318,8 @@ ENTRY %main (p0: f32[1000,128], p1: s32[9]) -> (f32[1000,128]) {
   %slice-done = f32[500,128]{1,0:T(8,128)S(1)} slice-done(%slice-start)
   %fusion.1 = f32[1000,128]{1,0:T(8,128)} fusion(%p0, %p1), kind=kCustom, calls=%outer
   %fusion.0 = f32[1000,128]{1,0:T(8,128)S(1)} fusion(%p0), kind=kLoop, calls=%scaled
-  %all = f32[9,128]{1,0:T(8,128)} all-reduce(%p1), to_apply=%add
+  %sums = f32[9,128]{1,0:T(8,128)} slice(%p0), slice={[0:9], [0:128]}
+  %all = f32[9,128]{1,0:T(8,128)} all-reduce(%sums), to_apply=%add
 EXTRA
   ROOT %tuple = (f32[1000,128]{1,0:T(8,128)}) tuple(%fusion.1)
 }
@@ -343,7 +344,7 @@ def test_table_sized_copies_are_seen(extra, found):
     assert [copy.name for copy in made] == found
     assert moved == 500 * 128 * 4
     assert hlo.donated(program) == {0} and len(hlo.parameters(program)) == 2
-    assert hlo.collectives(program) == {"all-reduce": (1, 9 * 128 * 4)}
+    assert hlo.collectives(program) == {"all-reduce": hlo.Sent(1, {"f32": 9 * 128 * 4}, 16 * 128 * 4, 0)}
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -359,7 +360,7 @@ def test_a_buffer_that_is_not_updated_in_place_fails(kept):
     assert (report.not_donated, report.passes) == (([], True) if kept else (["store0.data"], False))
     assert report.memory["tables"] == 512_000 and report.memory["batch and constants"] == 88_000
     config = Config.from_args(flags.parse(["--compile-for=v5e:2x2"]))
-    tables = SimpleNamespace(describe=lambda: "1", stores=[store], layout=store.layout)
+    tables = SimpleNamespace(describe=lambda: "1", stores=[store], layout=store.layout, plan=None)
     page = compile_report.lines(config, tables, {"training step": report})
     assert ("training step: NOT UPDATED IN PLACE: store0.data" in page) != kept
     assert page[-1] == ("result: it fits and no step copies a table" if kept else "result: FAILED, see above")

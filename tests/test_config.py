@@ -252,10 +252,8 @@ def test_multi_hot_sizes_by_commas_dashes_or_name():
         ("--optimizer=momentum", "use sgd, adagrad or rwsadagrad"),
         ("--data-generation=internal", "a library that Meta has not published"),
         ("--plot-compute-graph", "--save-onnx writes the graph"),
-        ("--local_rank=0", "trains in one process"),
-        ("--dist-backend=gloo", "trains in one process"),
-        ("--tpu-cores=8", "trains on one chip"),
-        ("--sync-dense-params=False", "concerns several GPUs"),
+        ("--dist-backend=mpi", "connects ranks by gloo (CPU) or nccl (CUDA)"),
+        ("--sync-dense-params=False", "the MLPs of the ranks would train apart"),
     ],
 )
 def test_a_flag_that_cannot_be_honoured_is_refused_with_the_reason(flag, reason):

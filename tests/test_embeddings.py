@@ -9,12 +9,13 @@ import torch
 from compression.mixed_dim import MixedDimTable, dimensions
 from compression.qr import QRTable
 from dlrm_xla.batch import slot_starts
-from dlrm_xla.embeddings import EmbeddingCollection, PlainTable
+from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.init import fill_uniform
 from dlrm_xla.layouts import PackedLayout, RowsLayout
 from dlrm_xla.ops.rows import add_rows_scatter
 from dlrm_xla.optim import RULES
 from dlrm_xla.specs import TableSpec
+from dlrm_xla.tables import PlainTable
 
 BATCH, DIM = 6, 4
 

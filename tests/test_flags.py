@@ -13,8 +13,9 @@ from dlrm_xla.specs import UserError
 SNAPSHOT = json.loads((Path(__file__).parent / "snapshots" / "upstream_flags.json").read_text())["flags"]
 BY_NAME = {flag["name"]: flag for flag in SNAPSHOT}
 SWITCHES = [flag["name"] for flag in SNAPSHOT if flag["kind"] in ("bool", "store_true")]
-PORT = {"--use-tpu": False, "--tpu-cores": 1, "--drop-last": False, "--tpu-metrics-debug": False}
+PORT = {"--use-tpu": False, "--tpu-cores": 0, "--drop-last": False, "--tpu-metrics-debug": False}
 OURS = {
+    "--sharding": "auto", "--rank-memory": "", "--plan-only": False, "--plan-ranks": 0, "--spmd": False, "--tpu_num_cores": 0,
     "--device": "auto", "--log-dir": "", "--config": "", "--save-every": 0, "--table-layout": "auto", "--compile-for": None, "--json": "",
     "--matmul-precision": "float32", "--compress": "", "--compress-threshold": 200, "--compress-config": "",
     "--compress-to": "", "--schema": "", "--preprocess-memory": "4GB", "--min-frequency": 0, "--vocabulary": "",
@@ -80,7 +81,7 @@ def test_defaults_of_the_flags_that_upstream_lacks():
     args = flags.parse([])
     assert {name: getattr(args, dest(name)) for name in PORT | OURS} == PORT | OURS
     assert flags.parse(["--tpu-cores=8"]).tpu_cores == 8
-    for bad in ("--tpu-cores=2", "--device=tpu", "--matmul-precision=float16"):
+    for bad in ("--sharding=columns", "--device=tpu", "--matmul-precision=float16"):
         with pytest.raises(UserError, match="invalid choice"):
             flags.parse([bad])
 

@@ -45,18 +45,18 @@ def test_losses_count_only_valid_rows():
     prediction, label = torch.tensor([[0.2], [0.9], [0.5], [1.0]]), torch.tensor([[0.0], [1.0], [0.0], [0.0]])
     valid = torch.tensor([[1.0], [1.0], [0.0], [0.0]])
     bce = (-math.log(0.8) - math.log(0.9)) / 2
-    assert make_loss(LossConfig("bce", (1.0, 1.0), 0.0))(prediction, label, valid).item() == pytest.approx(bce, rel=1e-6)
-    assert make_loss(LossConfig("mse", (1.0, 1.0), 0.0))(prediction, label, valid).item() == pytest.approx((0.04 + 0.01) / 2, rel=1e-6)
+    assert make_loss(LossConfig("bce", (1.0, 1.0), 0.0))(prediction, label, valid, torch.tensor(2.0)).item() == pytest.approx(bce, rel=1e-6)
+    assert make_loss(LossConfig("mse", (1.0, 1.0), 0.0))(prediction, label, valid, torch.tensor(2.0)).item() == pytest.approx(0.025, rel=1e-6)
     weighted = (-0.3 * math.log(0.8) - 0.7 * math.log(0.9)) / 2
-    assert make_loss(LossConfig("wbce", (0.3, 0.7), 0.0))(prediction, label, valid).item() == pytest.approx(weighted, rel=1e-6)
-    saturated = make_loss(LossConfig("bce", (1.0, 1.0), 0.0))(prediction[3:], label[3:], torch.ones(1, 1))
+    assert make_loss(LossConfig("wbce", (0.3, 0.7), 0.0))(prediction, label, valid, torch.tensor(2.0)).item() == pytest.approx(weighted, 1e-6)
+    saturated = make_loss(LossConfig("bce", (1.0, 1.0), 0.0))(prediction[3:], label[3:], torch.ones(1, 1), torch.tensor(1.0))
     assert saturated.item() == 100.0  # torch's clamp
 
 
 def test_wbce_weight_of_a_label_that_is_not_rounded():
     """Upstream truncates the label to find its weight."""
     loss = make_loss(LossConfig("wbce", (0.3, 0.7), 0.0))
-    half = loss(torch.tensor([[0.5]]), torch.tensor([[0.99]]), torch.ones(1, 1))
+    half = loss(torch.tensor([[0.5]]), torch.tensor([[0.99]]), torch.ones(1, 1), torch.tensor(1.0))
     assert half.item() == pytest.approx(0.3 * math.log(2), rel=1e-6)
 
 

@@ -136,13 +136,13 @@ def test_padded_rows_change_nothing(cli, monkeypatch, embedding_bits):
     ids = torch.randint(0, 3, (6, sum(trainer.tables.hotness)), generator=generator, dtype=torch.int32)
     weights, labels = torch.ones(ids.shape), torch.zeros(6, 1)
     valid = torch.tensor([1.0, 1, 1, 1, 0, 0]).unsqueeze(1)
-    before = trainer.forward(StepBatch(dense, ids, weights, labels, valid))
+    before = trainer.forward(StepBatch(dense, ids, weights, labels, valid, valid.sum()))
     forward = original(trainer, 8, embedding_bits)
-    padded = forward(StepBatch(dense, ids, weights, labels, valid))
-    alone = forward(StepBatch(dense[:4], ids[:4], weights[:4], labels[:4], valid[:4]))
+    padded = forward(StepBatch(dense, ids, weights, labels, valid, valid.sum()))
+    alone = forward(StepBatch(dense[:4], ids[:4], weights[:4], labels[:4], valid[:4], valid.sum()))
     assert torch.equal(padded[:4], alone) and alone.std() > 1e-3
     np.testing.assert_allclose(alone.detach(), before[:4].detach(), rtol=0, atol=0.01)
-    assert torch.equal(trainer.forward(StepBatch(dense, ids, weights, labels, valid)), before)
+    assert torch.equal(trainer.forward(StepBatch(dense, ids, weights, labels, valid, valid.sum())), before)
 
 
 def test_upstreams_line_for_every_table_and_batch(cli):
