@@ -373,15 +373,17 @@ def checked(path: Path, world: int) -> list[str | None]:
 
 def test_where_a_folder_can_be_written(tmp_path):
     path = tmp_path / "model"
-    assert checked(path, 3) == [None] * 3 and not list(path.iterdir())  # not there; then empty
-    assert checked(path, 2) == [None] * 2
+    assert checked(path, 3) == [None] * 3 and [entry.name for entry in path.iterdir()] == [".saves"]
+    with pytest.raises(UserError, match="holds no whole checkpoint; the run that wrote it ended before"):  # killed before its first
+        shards.read(path)
+    assert checked(path, 2) == [None] * 2 and checked(path, 1) == [None]  # starts again there, on one rank too
     save(path, made(1), 2)
     shutil.copytree(the_save(path), path / "save-7-epoch-0-batch-1")
     (path / "save-7-epoch-0-batch-1" / "index.pt").unlink()  # a killed run's
     (path / ".probe-12-1").touch()
     (path / ".DS_Store").touch()
     assert checked(path, 4) == [None] * 4
-    assert sorted(entry.name for entry in path.iterdir()) == [".DS_Store", "save-1-epoch-1-batch-3"]
+    assert sorted(entry.name for entry in path.iterdir()) == [".DS_Store", ".saves", "save-1-epoch-1-batch-3"]
     assert checked(path, 1) == [None]  # a single rank goes on with it
     assert_same(copied(shards.read(path)), made(1))
 
