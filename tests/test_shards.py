@@ -139,7 +139,7 @@ def assert_same(found: State, state: State, rank: int = 0, world: int = 1) -> No
 
 
 def the_save(path: Path) -> Path:
-    [one] = path.iterdir()
+    [one] = path.glob("save-*")
     return one
 
 
