@@ -20,6 +20,7 @@ from dlrm_xla.config import Config  # noqa: E402
 from dlrm_xla.rules import check_batches, check_world  # noqa: E402
 from dlrm_xla.specs import TableSpec, UserError, one_line  # noqa: E402
 
+PICTURE = "plan.png"  # of --plan-only, in --log-dir
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "resource_exhausted")  # torch on the CPU, CUDA, XLA
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str], place: launch.Place | None = None) -> int:
         if config.compile_for:
             return compile_only(config)
         if config.ranks.plan_only:
-            plan_only(config, ranks)
+            plan_only(config, ranks, args.log_dir)
         elif place is None and launch.spawns(config):
             return backends.spawn(_mp_fn, config.ranks.tpu_cores)
         else:
@@ -282,21 +283,25 @@ def build(
     return Trainer(config, backend.place(model), backend.place(tables), backend, frozen_pooling=compat and config.output.debug)
 
 
-def plan_only(config: Config, ranks: launch.Ranks) -> None:
-    """--plan-only: what each rank would hold and exchange. Tables are not allocated and no folder is made."""
+def plan_only(config: Config, ranks: launch.Ranks, folder: str) -> None:
+    """--plan-only: what each rank would hold and exchange. Tables are not allocated; of folders only --log-dir is made, for a picture."""
     import numpy as np
     import torch
 
     from compression.choose import check_wish, choices_and_counts
     from compression.registry import create_tables
     from data_loaders.open import open_dataset
+    from dlrm_xla import compile_report
     from dlrm_xla.console import Console, SilentConsole
     from dlrm_xla.models.dlrm import DLRM
     from dlrm_xla.optim import RULES
-    from dlrm_xla.plan_report import lines
+    from dlrm_xla.plan_report import as_json, draw, lines
     from dlrm_xla.planner import make_plan
     from dlrm_xla.segments import table_parts
+    from dlrm_xla.tracking import make_folder, writing
 
+    if config.json_file:
+        compile_report.check_writable(Path(config.json_file))
     world = config.ranks.plan_ranks or (ranks.world if ranks.world > 1 else launch.PLANNED)
     check_world(config, world)
     check_wish(config.method, config.train.optimizer, loading=True)
@@ -313,6 +318,12 @@ def plan_only(config: Config, ranks: launch.Ranks) -> None:
     dense = sum(parameter.numel() for module in (model, *tables) for parameter in module.parameters())
     plan = make_plan(parts, world, config.data.batch_size, config.ranks.sharding, config.ranks.rank_bytes)
     console.line("\n".join(lines(plan, dense)))
+    if ranks.first and config.json_file:
+        compile_report.write_json(Path(config.json_file), as_json(plan, dense))
+    if ranks.first and folder:
+        make_folder(Path(folder))
+        with writing(Path(folder) / PICTURE):
+            console.note(f"picture: {draw(plan, Path(folder) / PICTURE)}")
 
 
 def compile_only(config: Config) -> int:

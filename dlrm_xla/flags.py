@@ -165,7 +165,7 @@ def build_parser() -> Parser:
     option(ours, "--device", str, "auto", "auto: a TPU, else CUDA, else the CPU", choices=["auto", "cpu", "cuda", "xla"])
     sharding = ["auto", "data", "table", "row", "hybrid"]
     option(ours, "--sharding", str, "auto", "where tables lie: on all ranks, whole on one, in ranges of rows, or each as suits", choices=sharding)
-    switch(ours, "--plan-only", "print what each rank would hold and exchange, and end")
+    switch(ours, "--plan-only", "print what each rank would hold and exchange, and end; --log-dir gets a picture")
     option(ours, "--rank-memory", str, "", "what tables and their optimizer's state may take on a rank, as 14GB: a plan fits or says why not")
     option(ours, "--plan-ranks", int, 0, "--plan-only: for so many ranks; 0: those of this launch, or 4")
     switch(ours, "--spmd", "--device=xla: one process for all devices, tables in parts on them (GSPMD)")
@@ -175,7 +175,7 @@ def build_parser() -> Parser:
     option(ours, "--save-every", int, 0, "also write --save-model every N batches; resuming is exact")
     option(ours, "--table-layout", str, "auto", "rows, or packed in lines of 128; auto: packed on a TPU", choices=["auto", "rows", "packed"])
     option(ours, "--compile-for", str, None, "do not train: compile both steps for a TPU that need not be there, and judge them; as v5e:2x2", "TPU")
-    option(ours, "--json", str, "", "with --compile-for: the report as JSON", "FILE")
+    option(ours, "--json", str, "", "the figures of --compile-for or --plan-only as JSON", "FILE")
     option(ours, "--matmul-precision", str, "float32", "of the MLPs' matrix products", choices=["float32", "bfloat16"])
     option(ours, "--compress", str, "", "tables above --compress-threshold by this method, as tt:rank=16; python -m compression list", "METHOD")
     option(ours, "--compress-threshold", int, 200, "for tables with more rows than this")

@@ -283,8 +283,8 @@ def multi_hot_sizes(text: str) -> tuple[int, ...]:
 def check_compile_for(args) -> None:
     """--compile-for builds nothing that lives longer than its report, on no device."""
     if args.compile_for is None:
-        if args.json:
-            raise UserError(f"--json={args.json}: is the report of --compile-for; add --compile-for=v5e:2x2 or leave it out")
+        if args.json and not args.plan_only:
+            raise UserError(f"--json={args.json}: is the report of --compile-for or --plan-only; add --compile-for=v5e:2x2 or leave it out")
         return
     if not re.fullmatch(r"(v4|v5e|v5p|v6e):\d{1,3}x\d{1,3}(x\d{1,3})?", args.compile_for):
         raise UserError(f"--compile-for={args.compile_for}: must be a TPU's name and its chips, as v4:2x2x1, v5e:2x2, v5p:2x2x1 or v6e:2x2")

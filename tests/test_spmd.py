@@ -36,7 +36,6 @@ CASES |= {
     "hash": [*RWS, "--compress=hash:rows=5003"],
     "tt": [*RWS, "--compress=tt:rank=4"],
     "int8": [*RWS, "--compress=lpt"],
-    "learned": [*RWS, "--weighted-pooling=learned"],
     "uneven batch": [*RWS, "--mini-batch-size=30"],
     "ten times the rows": [*MODEL, SIZES.replace("-50001-", "-700007-").replace("=50001-", "=700007-"), *ONE, "--optimizer=sgd"],
     "twice the batch": [*MODEL, SIZES, *ONE, "--optimizer=sgd", "--mini-batch-size=64"],
@@ -100,7 +99,7 @@ def test_tables_stay_in_parts(runs, case):
             assert mark == "{replicated}", name
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name not in ("learned", "int8", "tt")])
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ("int8", "tt")])
 def test_a_device_holds_a_quarter_and_no_table_is_copied_or_sent(runs, case):
     """int8 and tt: on XLA's CPU backend one device copies it too; the rows of the other are fewer than a batch reads."""
     program = Path(runs[1][case]["program"]).read_text()
