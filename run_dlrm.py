@@ -24,13 +24,13 @@ PICTURE = "plan.png"  # of --plan-only, in --log-dir
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "resource_exhausted")  # torch on the CPU, CUDA, XLA
 
 
-def main(argv: list[str], place: launch.Place | None = None) -> int:
+def main(argv: list[str], find_place=launch.find_place) -> int:
     """0, or 2 after one line on stderr that says what is wrong; 130 when interrupted; 1 where --compile-for finds a fault; 3 where another rank is
-    gone. Of several ranks the first prints the line. place: of a process that was spawned for a chip.
+    gone. Of several ranks the first prints the line. find_place: another one for a process that was spawned for a chip.
     """
     ranks = launch.Ranks()
     try:
-        ranks = launch.Ranks(place or launch.find_place())
+        ranks = launch.Ranks(find_place())
         ranks.join()
         args = flags.parse(argv)
         config = Config.from_args(args)
@@ -40,7 +40,7 @@ def main(argv: list[str], place: launch.Place | None = None) -> int:
             return compile_only(config)
         if config.ranks.plan_only:
             plan_only(config, ranks, args.log_dir)
-        elif place is None and launch.spawns(config):
+        elif ranks.place.launcher != "xla" and launch.spawns(config):
             return backends.spawn(_mp_fn, config.ranks.tpu_cores)
         else:
             run(config, flags.resolved(args), argv, ranks)
@@ -68,7 +68,7 @@ def main(argv: list[str], place: launch.Place | None = None) -> int:
 
 def _mp_fn(index: int) -> None:
     """One of the processes that torch_xla starts for the chips of a host: here, or a launcher named xla_spawn. The runtime knows its rank."""
-    code = main(sys.argv[1:], launch.Place(*backends.xla_place(), "xla"))
+    code = main(sys.argv[1:], lambda: launch.Place(*backends.xla_place(), "xla"))
     if code:
         sys.exit(code)
 
@@ -88,7 +88,7 @@ def run(config: Config, resolved: dict, argv: list[str], ranks: launch.Ranks) ->
     from dlrm_xla.mlperf import MLPerfLog
     from dlrm_xla.profile import profiled
     from dlrm_xla.quantize import quantized_forward
-    from dlrm_xla.session import Session
+    from dlrm_xla.session import Session, save_paths
     from dlrm_xla.tracking import SilentTracker, Tracker, describe_environment, make_folder
 
     output, compat = config.output, config.upstream_compat
@@ -103,6 +103,7 @@ def run(config: Config, resolved: dict, argv: list[str], ranks: launch.Ranks) ->
     torch.manual_seed(config.train.seed)
     rng = np.random.RandomState(config.train.seed)
     device = launch.device_of(config, ranks)
+    ranks.agree({"device": device}, "--{name}")
     dist_backend = ranks.connect(config, device)
     backend = backends.make(device, ranks.collectives, ranks.local_rank, config.ranks.spmd)
     if output.xla_metrics:
@@ -116,9 +117,11 @@ def run(config: Config, resolved: dict, argv: list[str], ranks: launch.Ranks) ->
     mlperf.run_start()
     ranks.advise(launch.how_to_go_on(output.save_model))
     loaded = shards.read(Path(output.load_model)) if output.load_model else None
-    ranks.meet()
-    if output.save_model:
-        shards.check_writable(Path(output.save_model), shards.ranks_of(backend))
+    if loaded is not None:
+        read = {"position": f"epoch {loaded.progress.epoch}, batch {loaded.progress.batch}", "content": shards.identity(loaded)}
+        ranks.agree(read, f"--load-model={output.load_model}: {{name}}")
+    for path in save_paths(output) if output.save_model else ():
+        shards.check_writable(path, shards.writers_of(backend))
     onnx_path = Path(onnx_export.FILE_NAME)
     if output.save_onnx:
         onnx_export.require(onnx_path)
@@ -143,17 +146,7 @@ def run(config: Config, resolved: dict, argv: list[str], ranks: launch.Ranks) ->
         debug.print_data(console.line, data.train, data.hotness)
     saved = recorded(loaded.tables) if loaded is not None and loaded.tables else None
     choices, counts = choices_and_counts(specs, config.method, counter(config, data, specs, backend), saved)
-    shapes = {} if loaded is None or saved else {name: tuple(weight.shape) for name, weight in loaded.weights.items()}
-    asked = [choice.text() for choice in choices if choice.method != "plain"]
-    if config.method.kind == "compress" and asked and all(shapes.get(f"{s.name}.weight") == (s.num_embeddings, s.embedding_dim) for s in specs):
-        raise UserError(
-            f"--load-model={output.load_model}: its tables are plain, and {asked[0]} is asked for; convert it first: python -m compression convert"
-        )
-    if config.quantize_embedding_bits != 32 and any(choice.method != "plain" for choice in choices):
-        raise UserError(
-            f"--quantize-emb-with-bit={config.quantize_embedding_bits}: quantizes plain tables, and some of {output.load_model} are compressed; "
-            "leave it out, or make int8 tables of a plain checkpoint with python -m compression convert --method int8"
-        )
+    check_loaded(config, specs, loaded, saved, choices)
     trainer = build(config, specs, rng, backend, choices=choices, counts=counts, to_load=loaded is not None, note=console.note)
     del counts
     if any(choice.method != "plain" for choice in choices):
@@ -225,6 +218,22 @@ def run(config: Config, resolved: dict, argv: list[str], ranks: launch.Ranks) ->
         session.print_summary(paths)
 
 
+def check_loaded(config: Config, specs: list[TableSpec], loaded, saved, choices) -> None:
+    """UserError where tables of a checkpoint are of another kind than those that are asked for. saved: what it says of them, or None."""
+    output = config.output
+    shapes = {} if loaded is None or saved else {name: tuple(weight.shape) for name, weight in loaded.weights.items()}
+    asked = [choice.text() for choice in choices if choice.method != "plain"]
+    if config.method.kind == "compress" and asked and all(shapes.get(f"{s.name}.weight") == (s.num_embeddings, s.embedding_dim) for s in specs):
+        raise UserError(
+            f"--load-model={output.load_model}: its tables are plain, and {asked[0]} is asked for; convert it first: python -m compression convert"
+        )
+    if config.quantize_embedding_bits != 32 and any(choice.method != "plain" for choice in choices):
+        raise UserError(
+            f"--quantize-emb-with-bit={config.quantize_embedding_bits}: quantizes plain tables, and some of {output.load_model} are compressed; "
+            "leave it out, or make int8 tables of a plain checkpoint with python -m compression convert --method int8"
+        )
+
+
 def table_specs(config: Config, data) -> list[TableSpec]:
     return [
         TableSpec(f"emb_l.{index}", int(rows), config.model.feature_dim, hotness)
@@ -274,7 +283,7 @@ def build(
     layout, rule, plan = backend.layout(config.table_layout), RULES[config.train.optimizer](), None
     world = backend.collectives.world
     if world > 1:
-        parts = table_parts(created, rule, config.model.weighted_pooling)
+        parts = table_parts(created, rule, config.model.weighted_pooling, world)
         plan = plan_of(parts) if plan_of else make_plan(parts, world, config.data.batch_size, config.ranks.sharding, config.ranks.rank_bytes)
         if note is not None:
             note(summary(plan))
@@ -285,6 +294,8 @@ def build(
 
 def plan_only(config: Config, ranks: launch.Ranks, folder: str) -> None:
     """--plan-only: what each rank would hold and exchange. Tables are not allocated; of folders only --log-dir is made, for a picture."""
+    if not ranks.first:
+        return
     import numpy as np
     import torch
 
@@ -292,7 +303,7 @@ def plan_only(config: Config, ranks: launch.Ranks, folder: str) -> None:
     from compression.registry import create_tables
     from data_loaders.open import open_dataset
     from dlrm_xla import compile_report
-    from dlrm_xla.console import Console, SilentConsole
+    from dlrm_xla.console import Console
     from dlrm_xla.models.dlrm import DLRM
     from dlrm_xla.optim import RULES
     from dlrm_xla.plan_report import as_json, draw, lines
@@ -307,20 +318,20 @@ def plan_only(config: Config, ranks: launch.Ranks, folder: str) -> None:
     check_wish(config.method, config.train.optimizer, loading=True)
     torch.manual_seed(config.train.seed)
     rng = np.random.RandomState(config.train.seed)
-    console = Console() if ranks.first else SilentConsole()
-    data = open_dataset(config, rng, console.note, ranks.rank, ranks.world, ranks.local_rank, ranks.meet)
+    console = Console()
+    data = open_dataset(config, rng, console.note)
     config = config.with_num_dense(data.num_dense)
     specs = table_specs(config, data)
     choices, counts = choices_and_counts(specs, config.method, counter(config, data, specs))
     tables = create_tables(specs, config.method, rng, False, config.upstream_compat, choices, counts, to_load=True)
-    parts = table_parts(tables, RULES[config.train.optimizer](), config.model.weighted_pooling)
+    parts = table_parts(tables, RULES[config.train.optimizer](), config.model.weighted_pooling, world)
     model = DLRM(config.model, len(specs), config.loss.threshold, rng)
     dense = sum(parameter.numel() for module in (model, *tables) for parameter in module.parameters())
     plan = make_plan(parts, world, config.data.batch_size, config.ranks.sharding, config.ranks.rank_bytes)
     console.line("\n".join(lines(plan, dense)))
-    if ranks.first and config.json_file:
+    if config.json_file:
         compile_report.write_json(Path(config.json_file), as_json(plan, dense))
-    if ranks.first and folder:
+    if folder:
         make_folder(Path(folder))
         with writing(Path(folder) / PICTURE):
             console.note(f"picture: {draw(plan, Path(folder) / PICTURE)}")

@@ -15,7 +15,7 @@ from dlrm_xla.checkpoint_file import Checkpoint, Progress, alone, has_saves, wri
 from dlrm_xla.config import Config
 from dlrm_xla.embeddings import EmbeddingCollection
 from dlrm_xla.sharding import EVERYWHERE
-from dlrm_xla.shards import Piece, Ranks, ranks_of
+from dlrm_xla.shards import Piece, Writers, writers_of
 from dlrm_xla.specs import UserError
 from dlrm_xla.train import NotFiniteLoss, Trainer
 
@@ -29,7 +29,7 @@ Parameters = list[tuple[str, Tensor, dict[str, Tensor]]]  # upstream's name, val
 def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
     """Writes the file, or the folder of several ranks, whole or not at all: an earlier one stays until the new one is on the disk, and where a
     number is not finite. All ranks call it; all return, or all raise."""
-    ranks, parts = ranks_of(trainer.backend), parameters(trainer)
+    ranks, parts = writers_of(trainer.backend), parameters(trainer)
     _check_finite(ranks, parts, progress)
     buffers = [(name, buffer.cpu()) for name, buffer in kept(trainer.tables)]
     if ranks.world == 1 and not has_saves(path):
@@ -44,7 +44,7 @@ def save(path: Path, trainer: Trainer, progress: Progress, flags: dict) -> None:
     shards.write(_checkpoint(path, trainer, whole, shapes, progress, flags), order, pieces(trainer, parts, buffers, ranks.rank), ranks)
 
 
-def _check_finite(ranks: Ranks, parts: Parameters, progress: Progress) -> None:
+def _check_finite(ranks: Writers, parts: Parameters, progress: Progress) -> None:
     """NotFiniteLoss on every rank where one holds such a number: the loss looks finite until the next batch uses what an update has ruined."""
 
     def finite(weight: Tensor, state: dict[str, Tensor]) -> bool:

@@ -7,7 +7,7 @@ all run the same program; what they send each other must be what the plan says.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -149,7 +149,7 @@ def planned_collectives(trainer: Trainer, batch: int | None, test_batch: int | N
         return {"training step": None, "test step": None}
     exchanged = 1 if any(place != EVERYWHERE for place in plan.where) else 0
     if batch is not None:
-        sizes = replace(plan, batch_size=batch).volumes(sum(parameter.nelement() for parameter in trainer.dense.parameters))
+        sizes = plan.volumes(sum(parameter.nelement() for parameter in trainer.dense.parameters), batch)
         gathered = {part.store: 4 * part.width for n, part in enumerate(plan.parts) if plan.where[n] == EVERYWHERE}
         gathered = {store: width for store, width in gathered.items() if not plan.sums_densely(store)}
         found["training step"] = {
@@ -159,7 +159,7 @@ def planned_collectives(trainer: Trainer, batch: int | None, test_batch: int | N
         }
         assert sum(found["training step"]["all-gather"][1].values()) == sizes[COPIES]
     if test_batch is not None:
-        sizes = replace(plan, batch_size=test_batch).volumes(0)
+        sizes = plan.volumes(0, test_batch)
         found["test step"] = {
             "all-to-all": (2 * exchanged, {"s32": sizes[IDS], "f32": sizes[VECTORS]}),
             "all-gather": (1, {"f32": 3 * 4 * (test_batch // plan.world)}),  # predictions, labels, which of them count

@@ -19,7 +19,7 @@ from dlrm_xla.ops.rows import count_up
 from dlrm_xla.reads import BagColumns, BagRead, Columns, SlotRead
 from dlrm_xla.segments import STORES, Run, Segment, elsewhere_of, planned_segments, runs_of, segments_of, stores_of
 from dlrm_xla.sharding import Plan
-from dlrm_xla.specs import size_text
+from dlrm_xla.specs import MAX_INT32, UserError, size_text
 from dlrm_xla.stores import RowStore
 from dlrm_xla.tables import EmbeddingTable, PlainTable
 
@@ -61,6 +61,10 @@ class EmbeddingCollection(nn.Module):
         self.hotness = tuple(table.spec.hotness for table in tables)
         starts = slot_starts(self.hotness)
         self.slots = starts[:-1], starts[1:]  # of each table, for the host
+        for store in range(0 if plan is None else plan.num_stores):
+            if plan.replicated_rows(store) > MAX_INT32:
+                rows = plan.replicated_rows(store)
+                raise UserError(f"--sharding: copies {rows} rows of one width to every rank, and at most {MAX_INT32} can be; use --sharding=auto")
         learned = weighted_pooling == "learned"
         kinds = stores_of(tables)
         self.segments, sizes = segments_of(tables, kinds) if plan is None else planned_segments(tables, plan, self.collectives.rank)
@@ -250,6 +254,8 @@ class EmbeddingCollection(nn.Module):
     @torch.no_grad()
     def materialize(self, table: int, ids: Tensor) -> Tensor:
         """ids [n] -> [n, D] float32: the vectors that one table has for them, on the device; no bag, no weight."""
+        if self.plan is not None:
+            raise ValueError("rows of this table may lie on other ranks")
         ids = ids.to(self.layout.index_dtype)
         segments, method = self.segments[table], self.tables[table]
         rows = tuple(
@@ -283,10 +289,18 @@ class EmbeddingCollection(nn.Module):
                 for name, part in zip(names, own, strict=True):
                     states = [part[key] for key in (*self.rule.record[1:], *self.rule.scalars)]
                     _move_states(states, table.state_from and table.state_from[name])
+                if self.plan is not None:  # other processors round otherwise, and an id must mean the same row everywhere
+                    self._as_on_rank_0([*(value for part in own for value in part.values()), *table.buffers()])
         if changed:
             for store, of_store in zip(self.stores, buffers, strict=True):
                 store.load(of_store)
         return changed
+
+    def _as_on_rank_0(self, tensors: list[Tensor]) -> None:
+        """In place, each [n, ...] or 0-D."""
+        for value in tensors:
+            given = value.reshape(-1).contiguous().to(self.stores[0].data.device)
+            value.copy_(self.collectives.all_gather(given)[: value.nelement()].to(value.device).view(value.shape))
 
     def part_rows(self, segment: Segment) -> Tensor:
         """[num_rows, d] float32: the rows of one part, in the host's memory; on a CPU a view."""

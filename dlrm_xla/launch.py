@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from dlrm_xla import backends
-from dlrm_xla.board import GRACE, INTERRUPTED, LOST, SILENT, WRONG, Board, RankFailed, Reason, Terminated, differing, leave_process, tell
+from dlrm_xla.board import GRACE, INTERRUPTED, LOST, WRONG, Board, RankFailed, Reason, Terminated, differing, leave_process, tell
 from dlrm_xla.config import Config
 from dlrm_xla.specs import UserError
 
@@ -29,6 +29,8 @@ LOCAL_RANK = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_L
 LOCAL_SIZE = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 PORT = 29500  # torch's own, and upstream's
 PLANNED = 4  # ranks of --plan-only where neither --plan-ranks nor the launch says how many
+JOIN = 60.0  # seconds for all ranks to come: hosts start apart, and torch is slow to import from a shared disk
+CONNECT = timedelta(minutes=2)  # for gloo and nccl to connect
 COLLECTIVE = timedelta(days=1)  # for one collective: another rank may save a large checkpoint meanwhile; the board knows sooner who is gone
 
 
@@ -56,7 +58,8 @@ def find_place() -> Place:
 
 
 def _number(names: Sequence[str], default: int) -> int:
-    for name in names:
+    # torchrun in a shell that SLURM or MPI has started finds their variables there too
+    for name in names[-1:] if "TORCHELASTIC_RUN_ID" in os.environ else names:
         text = os.environ.get(name, "")
         if text and not text.lstrip("-").isdigit():
             raise UserError(f"{name}={text}: the launcher's variable must be a whole number")
@@ -84,6 +87,7 @@ class Ranks:
         if self.world > 1:
             with self._in_time():
                 store, host = _reach_store(self.place)
+            _wait_for_all(store, self.place, host)
             self._board = Board(store, self.rank, self.world, host)
 
     def meet(self) -> None:
@@ -113,6 +117,8 @@ class Ranks:
             )
         if wished == "nccl" and device == "cpu":
             raise UserError("--dist-backend=nccl: nccl connects CUDA devices and this run is on the CPU; use --dist-backend=gloo or leave it out")
+        if wished == "gloo" and device == "cuda":
+            raise UserError("--dist-backend=gloo: connects ranks on the CPU and this run is on CUDA; use --dist-backend=nccl or leave it out")
         import torch
         import torch.distributed as dist
 
@@ -127,7 +133,8 @@ class Ranks:
         store = dist.PrefixStore("group", self._board.store)
         try:
             with _without_stdout():
-                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=COLLECTIVE)
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=CONNECT)
+            dist.distributed_c10d._set_pg_timeout(COLLECTIVE, dist.group.WORLD)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"--dist-backend={backend}: does not start ({_first_line(error)})") from None
         self.collectives = TorchCollectives()
@@ -183,7 +190,7 @@ class Ranks:
                 tell(f"error: {_address(self.place)[2]}: what answers there is no store of this run; set MASTER_PORT to a free port")
             leave_process(WRONG)
 
-        timer = threading.Timer(SILENT + GRACE, give_up)
+        timer = threading.Timer(JOIN + GRACE, give_up)
         timer.daemon = True
         timer.start()
         try:
@@ -261,17 +268,24 @@ def _reach_store(place: Place):
     if hosts and _in_use(port):
         raise UserError(f"MASTER_PORT={port}: is in use on this host; set MASTER_PORT to a free port, the same for all ranks")
     try:
-        store = dist.TCPStore(address, port, None, hosts, timedelta(seconds=SILENT), wait_for_workers=False)
+        store = dist.TCPStore(address, port, None, hosts, timedelta(seconds=JOIN), wait_for_workers=False)
         # a launch that torchrun repeats finds a new board; what PMI and the like start is new anyway
         store = dist.PrefixStore(f"dlrm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         store.set(f"joined/{place.rank}", "")
-        store.wait([f"joined/{rank}" for rank in range(place.world)], timedelta(seconds=SILENT))
     except (RuntimeError, ValueError) as error:
-        if hosts and place.world > 1 and "wait" in str(error).lower():
-            missing = [str(rank) for rank in range(place.world) if not store.check([f"joined/{rank}"])]
-            raise UserError(f"rank {', '.join(missing)} of {place.world} did not come to {where} within {SILENT:.0f} s; start all ranks") from None
-        raise UserError(f"{where}: cannot be reached within {SILENT:.0f} s from rank {place.rank} ({_first_line(error)})") from None
+        raise UserError(f"{where}: cannot be reached within {JOIN:.0f} s from rank {place.rank} ({_first_line(error)})") from None
     return store, None if served else 0
+
+
+def _wait_for_all(store, place: Place, host: int | None) -> None:
+    where = _address(place)[2]
+    try:
+        store.wait([f"joined/{rank}" for rank in range(place.world)], timedelta(seconds=JOIN))
+    except RuntimeError as error:
+        if host == place.rank or (host is None and place.rank == 0):
+            missing = [str(rank) for rank in range(place.world) if not store.check([f"joined/{rank}"])]
+            raise UserError(f"rank {', '.join(missing)} of {place.world} did not come to {where} within {JOIN:.0f} s; start all ranks") from None
+        raise UserError(f"{where}: not all ranks came within {JOIN:.0f} s ({_first_line(error)})") from None
 
 
 def _in_use(port: int) -> bool:
@@ -320,7 +334,9 @@ def check_cores(flag: str, wished: int) -> int:
     if wished > chips:
         raise UserError(f"{flag}={wished}: this host has {chips} TPU chip(s); use {flag}={chips}, or leave it out to take all")
     if wished not in (0, 1, chips):
-        raise UserError(f"{flag}={wished}: a run takes one chip of this host or all {chips}; leave it out, or set TPU_VISIBLE_CHIPS as well")
+        raise UserError(f"{flag}={wished}: a run takes one chip of this host or all {chips}; leave it out, and set TPU_VISIBLE_CHIPS for some")
+    if wished == 1 and "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        raise UserError(f"{flag}=1: every host of this pod would train alone and write the same files; leave it out")
     return wished or chips
 
 

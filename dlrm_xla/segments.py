@@ -76,11 +76,11 @@ def planned_segments(tables: list[EmbeddingTable], plan: Plan, rank: int) -> tup
     return segments, [plan.store_rows(store) for store in range(plan.num_stores)]
 
 
-def table_parts(tables: list[EmbeddingTable], rule, weighted_pooling: str | None) -> list[TablePart]:
+def table_parts(tables: list[EmbeddingTable], rule, weighted_pooling: str | None, world: int) -> list[TablePart]:
     """The parts of all tables as a plan places them (sharding.py). UserError for a table that several ranks cannot train."""
     kinds, found = stores_of(tables), []
     for index, table in enumerate(tables):
-        if table.observes:
+        if table.observes and world > 1:
             raise UserError(
                 f"table {table.spec.name}: its method counts the ids of training, of which each rank sees a part; train it on one rank, "
                 "or take a method or knobs that do not count"

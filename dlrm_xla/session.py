@@ -8,7 +8,7 @@ from pathlib import Path
 from dlrm_xla import checkpoint
 from dlrm_xla.batch import Batch, Dataset
 from dlrm_xla.checkpoint_file import Progress
-from dlrm_xla.config import Config
+from dlrm_xla.config import Config, OutputConfig
 from dlrm_xla.console import Console, Meter
 from dlrm_xla.evaluate import predict
 from dlrm_xla.metrics import TestMetrics, evaluate_predictions, mlperf_metrics
@@ -184,11 +184,8 @@ class Session:
         return best
 
     def save_best(self) -> None:
-        """Upstream's checkpoint: the best test so far. With --save-every, --save-model holds the newest state and this one lies beside it."""
-        path = Path(self.config.output.save_model)
-        if self.config.output.save_every:
-            path = path.with_name(f"{path.stem}.best{path.suffix}")
-        self.save(path)
+        """Upstream's checkpoint: the best test so far."""
+        self.save(save_paths(self.config.output)[-1])
 
     def save(self, path: Path) -> None:
         self.trainer.meter.check()
@@ -216,3 +213,11 @@ class Session:
                 line(f"the best possible (Bayes) AUC of this generated data is {self.data.bayes_auc:.4f}: {share:.1%} of the way from 0.5 reached")
         line(f"TensorBoard: tensorboard --logdir {paths['tensorboard']}")
         line(f"run folder: {paths['run']} (config.yaml, environment.json, metrics.jsonl); picture: {paths['summary']}")
+
+
+def save_paths(output: OutputConfig) -> tuple[Path, ...]:
+    """Where a run saves: --save-model, and with --save-every, which keeps the newest state there, the best test's beside it."""
+    path = Path(output.save_model)
+    if output.save_every and output.test_freq > 0:
+        return path, path.with_name(f"{path.stem}.best{path.suffix}")
+    return (path,)

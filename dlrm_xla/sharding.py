@@ -156,12 +156,13 @@ class Plan:
         by_store = {part.store: part.row_bytes for part in self.parts}
         return tuple(by_store[store] for store in range(self.num_stores))
 
-    def volumes(self, dense_parameters: int, accumulate: int = 1) -> dict[str, int]:
+    def volumes(self, dense_parameters: int, batch_size: int | None = None) -> dict[str, int]:
         """Bytes that one rank hands to each collective in a training step (its own share included), as they stand in the compiled program.
 
-        dense_parameters: numbers of the model's dense parameters;  accumulate: batches to a step, 1 or more; the sums are of one that updates
+        dense_parameters: numbers of the model's dense parameters;  batch_size: of a batch of other size than the plan was made for
         """
-        local = self.batch_size // self.world
+        batch = self.batch_size if batch_size is None else batch_size
+        local = batch // self.world
         stores = range(self.num_stores)
         columns = sum(self.columns(store) for store in stores)
         vectors = sum(self.outputs(store) * self.widths[store] for store in stores)
@@ -170,12 +171,12 @@ class Plan:
             if self.sums_densely(store):
                 summed += self.replicated_rows(store) * self.widths[store]
             else:
-                looked_up = local * sum(self.parts[n].columns for n in self.replicated(store)) * accumulate
+                looked_up = local * sum(self.parts[n].columns for n in self.replicated(store))
                 gathered += looked_up * (1 + self.widths[store]) * 4
         return {
-            "ids, all-to-all": self.batch_size * columns * 4,
-            "vectors, all-to-all": self.batch_size * vectors * 4,
-            "gradients of vectors, all-to-all": self.batch_size * vectors * 4,
+            "ids, all-to-all": batch * columns * 4,
+            "vectors, all-to-all": batch * vectors * 4,
+            "gradients of vectors, all-to-all": batch * vectors * 4,
             "sums of gradients, all-reduce": summed * 4,
             "rows of copies, all-gather": gathered,
         }

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,7 +36,7 @@ SUM_BYTES = 1 << 20  # under one check sum: what a reader reads beyond its rows,
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Writers:
     """gather(numbers): three small integers of each rank, to every rank: [world][3]. Raises where a rank is gone."""
 
     rank: int
@@ -43,7 +44,7 @@ class Ranks:
     gather: Callable[[list[int]], list[list[int]]]
 
 
-def ranks_of(backend) -> Ranks:
+def writers_of(backend) -> Writers:
     collectives = backend.collectives
 
     def gather(numbers: list[int]) -> list[list[int]]:
@@ -51,7 +52,7 @@ def ranks_of(backend) -> Ranks:
             return [numbers]
         return collectives.all_gather(torch.tensor([numbers], dtype=torch.int32).to(backend.device)).tolist()
 
-    return Ranks(collectives.rank, collectives.world, gather)
+    return Writers(collectives.rank, collectives.world, gather)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Piece:
     values: Tensor
 
 
-def check_writable(path: Path, ranks: Ranks) -> None:
+def check_writable(path: Path, ranks: Writers) -> None:
     """UserError, on all ranks, where a checkpoint could not be written there; one rank writes a file, or goes on with a folder."""
     if ranks.world == 1 and not checkpoint_file.has_saves(path):
         checkpoint_file.check_writable(path)
@@ -101,7 +102,7 @@ def _refuse(path: Path, world: int) -> None:
         raise UserError(f"--save-model={path}: is a folder that holds other things, as {others[0]}; choose another place")
 
 
-def _together(ranks: Ranks, path: Path, action: Callable[[], tuple[int, int] | None]) -> tuple[int, int]:
+def _together(ranks: Writers, path: Path, action: Callable[[], tuple[int, int] | None]) -> tuple[int, int]:
     """Does it on every rank and waits for all; gives what it gave on rank 0. UserError on all ranks where it failed on one."""
     refused, code, given = None, 0, None
     try:
@@ -122,7 +123,7 @@ def _together(ranks: Ranks, path: Path, action: Callable[[], tuple[int, int] | N
     return said[0][1], said[0][2]
 
 
-def write(checkpoint: Checkpoint, order: list[str], pieces: list[Piece], ranks: Ranks) -> None:
+def write(checkpoint: Checkpoint, order: list[str], pieces: list[Piece], ranks: Writers) -> None:
     """A save under `checkpoint.path`; the one before it stays until it is whole. All ranks return, or all raise UserError.
 
     checkpoint  with tensors on "meta" where their numbers are in pieces; rank 0's counts
@@ -233,6 +234,16 @@ def read(path: Path) -> Checkpoint:
         if one or newest(path) == save:
             raise
         return read(path)  # a run has just put a newer one in its place
+
+
+def identity(loaded: Checkpoint) -> str:
+    """What two ranks that have read the same save agree on, and two that have read different ones do not."""
+    if loaded.shards is not None:
+        return f"stamp {loaded.shards.stamp}"
+    if zipfile.is_zipfile(loaded.path):
+        with zipfile.ZipFile(loaded.path) as file:
+            return f"check sum {zlib.crc32(repr([(part.filename, part.CRC) for part in file.infolist()]).encode()):08x}"
+    return f"{os.path.getsize(loaded.path)} bytes"
 
 
 def _read(path: Path, save: Path) -> Checkpoint:

@@ -134,16 +134,30 @@ def test_mistakes_in_flags_are_one_line_from_the_first_rank(run_ranks, per_rank,
     assert ended.codes == [2, 2]
 
 
+def trained(folder: Path, *flags: str) -> None:
+    """A checkpoint m.pt of one rank in a folder."""
+    folder.mkdir()
+    first = subprocess.run(
+        [sys.executable, str(ROOT / "run_dlrm.py"), *SMALL, "--device=cpu", "--save-model=m.pt", "--save-every=12", *flags],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=LIMIT,
+    )  # fmt: skip
+    assert first.returncode == 0, first.stderr
+
+
+def test_hosts_with_different_checkpoints_end(tmp_path):
+    """Of one position, but not the same: each rank would go on with tables of its own."""
+    trained(tmp_path / "rank0")
+    trained(tmp_path / "rank1", "--numpy-rand-seed=7")
+    ended = Job(tmp_path, 2, [str(ROOT / "run_dlrm.py"), *SMALL, "--device=cpu", "--load-model=m.pt"]).ended()
+    assert re.fullmatch(r"error: --load-model=m.pt: content=check sum \w+ on rank 0 and .* on rank 1: must be the same on all ranks", ended.line)
+    assert ended.codes == [2, 2]
+
+
 def test_what_one_host_lacks_ends_all(tmp_path):
     """A checkpoint that rank 1 cannot read: the others come to the same point, see its message and end."""
     from test_bad_input import files_in
 
-    (tmp_path / "rank0").mkdir()
-    first = subprocess.run(
-        [sys.executable, str(ROOT / "run_dlrm.py"), *SMALL, "--device=cpu", "--save-model=m.pt", "--save-every=12"],
-        cwd=tmp_path / "rank0", env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=LIMIT,
-    )  # fmt: skip
-    assert first.returncode == 0, first.stderr
+    trained(tmp_path / "rank0")
     ended = Job(tmp_path, 2, [str(ROOT / "run_dlrm.py"), *SMALL, "--device=cpu", "--load-model=m.pt"]).ended()
     assert ended.line == "error: rank 1: --load-model=m.pt: cannot be read (No such file or directory)"
     assert ended.line in ended.err[0] and ended.codes == [2, 2]
@@ -179,7 +193,7 @@ def test_gloo_is_kept_from_tensors_on_xla(tmp_path):
         (2, "forever", 0, signal.SIGKILL, [-9, 3], r"error: rank 0 has died or does not answer, and with it the store .*; go on with X"),
         (2, "sleep", 0, signal.SIGKILL, [-9, 3], r"error: rank 0 has died or does not answer, .*"),
         (2, "forever", 1, signal.SIGSTOP, [3, -9], r"error: rank 1 has said nothing for 6 s \(stopped or killed, .*; go on with X"),
-        (2, "forever", None, signal.SIGTERM, [143, 143], "terminated; go on with X"),
+        (2, "forever", None, signal.SIGTERM, None, r"(terminated|error: rank \d was terminated); go on with X"),  # one gets the signal first
         (2, "forever", None, signal.SIGINT, [130, 130], "interrupted.*"),
         (2, "error", None, None, [2, 2], "error: rank 1: its disk is full"),
         (2, "crash", None, None, [3, 3], r"error: rank 1: KeyError: 'no such thing' \(a fault of the program; its traceback is above\)"),
@@ -194,8 +208,9 @@ def test_a_rank_that_is_lost_ends_all(tmp_path, world, what, rank, number, codes
     started = time.monotonic()
     ended = job.ended(stopped=rank if number == signal.SIGSTOP else None)
     assert time.monotonic() - started < 30
-    assert re.fullmatch(message, ended.line) and ended.codes == codes
-    assert ended.line in ended.err[1 if rank == 0 else 0]
+    assert re.fullmatch(message, ended.line)
+    assert ended.codes == codes if codes is not None else set(ended.codes) <= {3, 143}
+    assert any(ended.line in err for err in ended.err) if rank is None else ended.line in ended.err[1 if rank == 0 else 0]
 
 
 # the parts
@@ -206,7 +221,7 @@ def environment(monkeypatch):
     """environment(**variables): none of a launcher's but these."""
 
     def settings(**variables: str):
-        for name in (*launch.SIZE, *launch.RANK, *launch.LOCAL_RANK, *launch.LOCAL_SIZE, "MASTER_ADDR"):
+        for name in (*launch.SIZE, *launch.RANK, *launch.LOCAL_RANK, *launch.LOCAL_SIZE, "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -223,6 +238,12 @@ def test_places_come_from_the_launchers_variables(environment):
     assert launch.find_place() == launch.Place(3, 4, 1, 2, "host0")
     environment(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_LOCAL_RANK="1", OMPI_COMM_WORLD_LOCAL_SIZE="2", WORLD_SIZE="9")
     assert launch.find_place() == launch.Place(1, 2, 1, 2)
+    # torchrun in a shell that SLURM has started, alone or once on each host
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    environment(**torchrun, PMI_SIZE="1", PMI_RANK="0")
+    assert launch.find_place() == launch.Place(3, 4, 1, 2)
+    environment(**torchrun, OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_LOCAL_RANK="0")
+    assert launch.find_place() == launch.Place(3, 4, 1, 2)
     environment(WORLD_SIZE="two")
     with pytest.raises(UserError, match="WORLD_SIZE=two: the launcher's variable must be a whole number"):
         launch.find_place()
@@ -282,13 +303,16 @@ def test_a_tpu_host_starts_a_process_for_each_chip(cli, monkeypatch):
         (["--dist-backend=nccl"], "--dist-backend=nccl: connects CUDA devices"),
         (["--local_rank=-2"], "--local_rank=-2: must be at least 0"),
         (["--spmd"], "--spmd: .*add --device=xla"),
-        (["--spmd", "--device=xla", "--weighted-pooling=learned"], "--spmd: learned pooling weights are dense"),
         (["--plan-ranks=2"], "--plan-ranks=2: is for --plan-only"),
         (["--plan-only", "--plan-ranks=3"], "--mini-batch-size=32: is the batch of all 3 ranks together"),
     ],
 )
 def test_flags_of_one_process(cli, argv, message):
     assert re.match(message, cli(*SMALL, *argv).error)
+
+
+def test_spmd_refuses_weights_as_long_as_tables(cli):
+    assert "--spmd: learned pooling weights are dense" in cli(*SMALL, "--spmd", "--weighted-pooling=learned", device="xla").error
 
 
 def test_xlas_cpu_backend_is_one_process(cli, monkeypatch):

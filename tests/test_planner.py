@@ -304,7 +304,7 @@ def test_what_would_fit(name, world, sharding, gigabytes, says):
     with pytest.raises(UserError) as refused:
         make_plan(parts, world, batch, sharding, int(gigabytes * 1e9))
     message = str(refused.value)
-    assert message.startswith(f"--sharding={sharding}: ") and says in message and "\n" not in message
+    assert message.startswith("--rank-memory=") and f" --sharding={sharding} " in message and says in message and "\n" not in message
     if " ranks" in says:  # and it does, on no fewer
         for ranks in (5, 6, 7, 8):
             batch = batch_of(batch, ranks)

@@ -158,9 +158,10 @@ def test_fifty_steps(hotness, rule, kind):
 @pytest.mark.parametrize("rule", ["sgd", "rwsadagrad", "adagrad"])
 def test_copies_on_every_rank(rule, layout, monkeypatch):
     """With few rows their gradients are summed, with many the looked up ones are gathered."""
-    check(3, "plain", rule, layout, 3, everywhere(3))
-    monkeypatch.setattr(Plan, "sums_densely", lambda plan, store: False)
-    check(3, "plain", rule, layout, 3, everywhere(3))
+    for densely in (True, False):
+        monkeypatch.setattr(Plan, "sums_densely", lambda plan, store, densely=densely: densely)
+        check(3, "plain", rule, layout, 3, everywhere(3))
+        check(3, "plain", rule, layout, 3, everywhere(3), more=["--mlperf-logging", "--mlperf-grad-accum-iter=3"])
     check(2, "plain", rule, layout, 1, spread(2, seed=0))
 
 
@@ -192,7 +193,7 @@ def test_every_method_gives_the_same_vectors_and_updates(hotness, name):
     spec = TableSpec("emb_l.0", 97, 16, hotness)
     if made(name, spec).observes:
         with pytest.raises(UserError, match="counts the ids of training"):
-            table_parts([made(name, spec)], RULES["sgd"](), None)
+            table_parts([made(name, spec)], RULES["sgd"](), None, 2)
         return
     rng = np.random.RandomState(0)
     ids = torch.from_numpy((rng.rand(2, BATCH, hotness) ** 2 * 97).astype(np.int32))
@@ -203,7 +204,7 @@ def test_every_method_gives_the_same_vectors_and_updates(hotness, name):
         rank, world, rule = backend.collectives.rank, backend.collectives.world, RULES["sgd"]()
         with DRAWING:
             table = make_table(name, spec)
-            plan = spread(world, seed)(table_parts([table], rule, None)) if world > 1 else None
+            plan = spread(world, seed)(table_parts([table], rule, None, 2)) if world > 1 else None
             tables = EmbeddingCollection([table], None, rule, backend.layout("auto"), plan=plan, collectives=backend.collectives)
         dense = DenseOptimizer(list(tables.parameters()), rule, backend.inplace)
         mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)

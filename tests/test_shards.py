@@ -1,4 +1,4 @@
-"""Folders of checkpoints (dlrm_xla/shards.py) at the level of files: written by W ranks, read by W', damaged. Ranks are threads here."""
+"""Folders of checkpoints (dlrm_xla/shards.py) at the level of files: written by W ranks, read by W', damaged. Writers are threads here."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ import torch
 
 from dlrm_xla import checkpoint_file, export_checkpoint, shards
 from dlrm_xla.checkpoint_file import Checkpoint, Progress
-from dlrm_xla.shards import Piece, Ranks
+from dlrm_xla.shards import Piece, Writers
 from dlrm_xla.specs import UserError
 
 SPLIT, LAST, ALL = "split", "last", "all"
@@ -76,12 +76,12 @@ def checkpoint_of(path: Path, state: State, batch: int, meta: bool) -> Checkpoin
 
 
 class Hub:
-    """Ranks that are threads."""
+    """Writers that are threads."""
 
     def __init__(self, world: int):
         self.world, self.said, self.barrier = world, [None] * world, threading.Barrier(world, timeout=60)
 
-    def ranks(self, rank: int) -> Ranks:
+    def ranks(self, rank: int) -> Writers:
         def gather(numbers):
             assert len(numbers) == 3
             self.said[rank] = numbers
@@ -90,7 +90,7 @@ class Hub:
             self.barrier.wait()
             return said
 
-        return Ranks(rank, self.world, gather)
+        return Writers(rank, self.world, gather)
 
     def run(self, action) -> list:
         """action(ranks) on every rank: what it gave, or the UserError that it raised."""

@@ -16,7 +16,7 @@ import torch
 from test_shards import ORDER, State, assert_same, checkpoint_of, copied, made, pieces_of, save, the_save
 
 from dlrm_xla import shards
-from dlrm_xla.shards import Ranks
+from dlrm_xla.shards import Writers
 
 ROOT = Path(__file__).resolve().parent.parent  # conftest's; a process that forks does not want what conftest starts
 STEPS = ("fsync", "replace", "unlink", "rmdir", "mkdir", "stat")
@@ -102,7 +102,7 @@ def rank_process(path: Path, state: State, rank: int, world: int, hub: socket.so
 
     if step is not None:
         kill_at(step)
-    shards.write(checkpoint_of(path, state, 3, meta=True), ORDER, pieces_of(state, rank, world), Ranks(rank, world, gather))
+    shards.write(checkpoint_of(path, state, 3, meta=True), ORDER, pieces_of(state, rank, world), Writers(rank, world, gather))
     os._exit(0)
 
 

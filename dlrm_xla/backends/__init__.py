@@ -53,6 +53,8 @@ def tpu_present() -> bool:
 
 def tpu_chips() -> int:
     """Of this host, counted without starting the runtime, which the processes spawned later have to start themselves."""
+    if os.environ.get("TPU_VISIBLE_CHIPS"):
+        return len(os.environ["TPU_VISIBLE_CHIPS"].split(","))
     return len(list(Path("/dev").glob("accel[0-9]*"))) or len(list(Path("/dev/vfio").glob("[0-9]*")))
 
 
