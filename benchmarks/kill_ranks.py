@@ -289,7 +289,7 @@ class Tries:
         if killed.begun:
             job = start(resumed_on, folder, [*flags, "--load-model=saved"])
             code = wait(job)
-            if code == 2 and killed.whole == 0 and len(job.errors()) == 1 and "holds no whole checkpoint" in job.errors()[0]:
+            if code and killed.whole == 0 and len(job.errors()) == 1 and "holds no whole checkpoint" in job.errors()[0]:
                 again = True
             elif code:
                 wrong.append(f"the resume ended with {code}: {job.errors() or _tail(folder)}")

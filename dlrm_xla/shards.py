@@ -289,7 +289,7 @@ class Shards:
     """
 
     def __init__(self, save: Path, files: list[tuple[str, int]], stamp: int, wanted: dict[tuple[str, str], Tensor], order: list[str]):
-        self.order = order
+        self.order, self.stamp = order, stamp
         self.stored: dict[tuple[str, str], list[_Stored]] = {key: [] for key in wanted}
         for name, num_bytes in files:
             self._open(save / name, num_bytes, stamp)

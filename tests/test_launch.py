@@ -114,6 +114,29 @@ def test_torchrun_prints_upstreams_lines_from_the_first_rank_and_ends_well(tmp_p
     assert len([line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"kind": "start"' in line]) == 1
 
 
+def test_a_run_goes_on_with_other_ranks_and_is_exported(run_ranks, tmp_path):
+    """Saved by 2 ranks in the middle of an epoch, resumed by 4 and by 1; the folder becomes one file, with which one rank goes on too."""
+
+    def losses(ended: Ended) -> dict[int, float]:
+        assert ended.codes == [0] * len(ended.codes), ended.err
+        lines = re.findall(r"Finished training it (\d+)/\d+ of epoch 0, .* loss ([\d.]+)", ended.out[0])
+        return {int(batch): float(loss) for batch, loss in lines}
+
+    folder = tmp_path / "model"
+    flags = ["--optimizer=rwsadagrad", "--print-freq=1"]
+    whole = losses(run_ranks(2, *flags))
+    first = losses(run_ranks(2, *flags, "--num-batches=8", f"--save-model={folder}", "--save-every=8"))
+    assert list(first) == list(range(1, 9)) and len(list(folder.glob("save-*"))) == 1
+    for world in (4, 1):
+        rest = losses(run_ranks(world, *flags, f"--load-model={folder}"))
+        assert list(rest) == [9, 10, 11, 12]
+        assert first | rest == pytest.approx(whole, abs=2e-6)
+    exported = tmp_path / "one.pt"
+    command = [sys.executable, "-m", "dlrm_xla.export_checkpoint", str(folder), str(exported)]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=LIMIT).returncode == 0
+    assert first | losses(run_ranks(1, *flags, f"--load-model={exported}")) == pytest.approx(whole, abs=2e-6)
+
+
 # mistakes before the first step
 
 
