@@ -1,133 +1,22 @@
 """What each of several ranks reads: for every source the part that rank_part cuts from the single rank's batch, and of the files no more than
 that; and ranks that open the same raw files at once."""
 
-import threading
-from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import CRITEO_MODEL
+from rank_sources import CRITEO, DRAWN, TABLES, WORLDS, assert_same, batches_of, config_of, facts, opened, write_like_upstream
 
-from data_loaders import criteo, mlperf_bin, table
+from data_loaders import mlperf_bin
 from data_loaders.criteo_split import CriteoSplit
-from data_loaders.open import open_dataset
 from data_loaders.part import Part
-from data_loaders.spill import locked_folder, parts_folder
 from data_loaders.table_batches import TableSplit
 from dlrm_xla import flags
 from dlrm_xla.batch import Batch, rank_part
 from dlrm_xla.config import Config
 from dlrm_xla.specs import UserError
 from tests.oracles import criteo as oracle
-from tests.oracles import terabyte
-from tests.test_table import SCHEMA, made_up, write
-
-WORLDS = (1, 2, 3, 4)
-FULL_BAGS = SCHEMA.replace('separator: "|"}', 'separator: "|", max_hot: 1}')
-COLUMNS = 'label: {column: rating, positive: ">= 4"}\ncategorical: [{column: user, type: integer}, {column: site, type: hex}]\n'
-SINGLE = COLUMNS + SCHEMA[SCHEMA.index("split") :]
-BINS = ("--data-set=terabyte", "--processed-data-file=terabyte.npz", "--mlperf-logging", "--mlperf-bin-loader", "--memory-map")
-RANDOM = ("--arch-sparse-feature-size=8", "--arch-embedding-size=50-20-100", "--arch-mlp-bot=3-8", "--arch-mlp-top=8-1", "--data-size=75")
-DRAWN = {
-    "bags": ("--num-indices-per-lookup=5",),
-    "full bags": ("--num-indices-per-lookup=4", "--num-indices-per-lookup-fixed=True"),
-    "batches": ("--num-batches=3", "--num-indices-per-lookup=1"),
-    "drop the last": ("--drop-last",),
-    "gaussian": ("--rand-data-dist=gaussian", "--rand-data-max=19", "--rand-data-sigma=5"),
-    "traces": ("--data-generation=synthetic", "--data-trace-file=trace_j.log"),
-    "a shared stream": ("--upstream-compat",),
-    "workers": ("--upstream-compat", "--num-workers=2"),
-}
-CRITEO = {
-    "kaggle": (),
-    "kaggle by days": ("--data-randomize=day",),
-    "kaggle as it lies": ("--data-randomize=none", "--drop-last", "--data-sub-sample-rate=0.3"),
-    "kaggle mapped": ("--memory-map", "--num-batches=4"),
-    "kaggle arrays": ("--processed-data-file=arrays", "--max-ind-range=20"),
-    "kaggle folded": ("--processed-data-file=upstream.npz", "--max-ind-range=20", "--upstream-compat"),
-    "kaggle in one batch": ("--test-mini-batch-size=5000",),
-    "multi-hot": (f"--multi-hot-sizes={','.join(['3', '1'] * 13)}",),
-    "multi-hot in a file": (f"--multi-hot-sizes={','.join(['3', '1'] * 13)}", "--multi-hot-distribution=pareto", "--preprocess-memory=2GB"),
-    "terabyte": ("--data-set=terabyte",),
-    "terabyte with a pile": ("--data-set=terabyte", "--memory-map", "--mlperf-logging", "--upstream-compat"),
-    "bins": (*BINS, "--mlperf-bin-shuffle"),
-    "bins of upstream's": (*BINS, "--mlperf-bin-shuffle", "--upstream-compat", "--drop-last"),
-    "multi-hot bins": (*BINS, "--multi-hot-sizes=mlperf"),
-}
-TABLES = {
-    "table": (SCHEMA, ()),
-    "table mapped": (SCHEMA, ("--memory-map", "--drop-last")),
-    "table of full bags": (FULL_BAGS, ("--data-randomize=none", "--num-batches=3")),
-    "table of single ids": (SINGLE, ("--test-mini-batch-size=1000",)),
-}
-
-
-def config_of(folder: Path, name: str, batch_size: int) -> Config:
-    """The configuration of a source, whose files are made in the folder."""
-    sizes = (f"--mini-batch-size={batch_size}",)
-    if name in DRAWN:
-        (folder / "trace_0.log").write_text("7, 90, 3, 15\n0, 1, 2, 4\n0.4, 0.6, 0.75, 1.0\n")
-        for number in (1, 2):
-            (folder / f"trace_{number}.log").write_text((folder / "trace_0.log").read_text())
-        return Config.from_args(flags.parse([*RANDOM, *DRAWN[name], *sizes]))
-    if name in TABLES:
-        schema, more = TABLES[name]
-        (folder / "schema.yaml").write_text(schema)
-        rows = made_up(173)
-        if name == "table of full bags":
-            rows = [row | {"genres": row["genres"] or "none"} for row in rows]
-        write(folder / "a.csv", rows)
-        model = [flag for flag in CRITEO_MODEL if not flag.startswith("--mini-batch-size")]
-        data = ("--data-set=table", "--schema=schema.yaml", "--raw-data-file=a.csv")
-        return Config.from_args(flags.parse([*model, *data, *more, *sizes]))
-    more = CRITEO[name]
-    if "--data-set=terabyte" in more:
-        raw = folder / "day"
-        terabyte.write_days(raw, terabyte.make_days([10 + 3 * (day % 4) for day in range(24)]))
-    else:
-        raw = folder / "train.txt"
-        raw.write_bytes(oracle.make_text(300))
-        if "--processed-data-file=upstream.npz" in more and not (folder / "upstream.npz").exists():
-            write_like_upstream(folder / "upstream.npz", compressed=False)
-    return Config.from_args(flags.parse([*CRITEO_MODEL, f"--raw-data-file={raw.name}", *more, *sizes]))
-
-
-def write_like_upstream(path: Path, compressed: bool) -> None:
-    """What upstream writes of 300 rows of Criteo's text, or the same so that it can be mapped."""
-    arrays = oracle.process(oracle.make_text(300), -1)
-    arrays = {name: np.array(arrays[name], dtype=np.int32) for name in ("X_cat", "X_int", "y", "counts")}
-    (np.savez_compressed if compressed else np.savez)(path, **arrays)
-
-
-def opened(config: Config, *ranks, **more):
-    """The data set, and the stream that it was opened with."""
-    torch.manual_seed(5)
-    rng = np.random.RandomState(123)
-    return open_dataset(config, rng, lambda line: None, *ranks, **more), rng
-
-
-def batches_of(data, rng) -> tuple[list[Batch], int]:
-    """Two epochs of training with a test after each, and the stream's next number, which shows how much was drawn."""
-    batches = []
-    for epoch in range(2):
-        batches += [*data.train.batches(epoch=epoch), *data.test.batches()]
-    return batches, rng.randint(2**31)
-
-
-def assert_same(got: Batch, wanted: Batch) -> None:
-    for field in fields(Batch):
-        one, other = getattr(got, field.name), getattr(wanted, field.name)
-        if isinstance(other, torch.Tensor):
-            assert one.dtype == other.dtype and one.is_contiguous() and torch.equal(one, other), field.name
-        else:
-            assert type(one) is type(other) and one == other, field.name
-
-
-def facts(data) -> list:
-    halves = [(half.num_rows, half.num_batches, half.batch_size) for half in (data.train, data.test)]
-    return [data.table_rows, data.hotness, data.num_dense, data.bayes_auc, *halves]
 
 
 @pytest.mark.parametrize("name", [*DRAWN, *CRITEO, *TABLES])
@@ -326,130 +215,3 @@ def test_a_file_that_cannot_be_mapped_is_loaded_by_each(tmp_path, monkeypatch, c
             assert_same(got, rank_part(whole, rank, 2))
     with pytest.raises(UserError, match="^p.npz: cannot be memory-mapped: .* or leave --memory-map out$"):
         opened(Config.from_args(flags.parse([*CRITEO_MODEL, *more, "--memory-map"])), 1, 2)
-
-
-# ---- raw files --------------------------------------------------------------------------------------------------------------------
-
-
-def open_together(config: Config, world: int, hosts: int = 1) -> tuple[list, list[int]]:
-    """What each rank gets or raises, each in a thread of its own, and the next numbers of their streams. A rank that fails ends the others."""
-    barrier, found, draws = threading.Barrier(world, timeout=30), [None] * world, [None] * world
-
-    def work(rank: int) -> None:
-        rng = np.random.RandomState(123)
-        try:
-            found[rank] = open_dataset(config, rng, lambda line: None, rank, world, rank % (world // hosts), barrier.wait)
-            draws[rank] = rng.randint(2**31)
-        except (UserError, threading.BrokenBarrierError) as error:
-            barrier.abort()
-            found[rank] = error
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found, draws
-
-
-def counted(monkeypatch, module, name: str) -> list:
-    """The calls of a function from now on."""
-    calls, function = [], getattr(module, name)
-
-    def call(*args, **more):
-        calls.append(args)
-        return function(*args, **more)
-
-    monkeypatch.setattr(module, name, call)
-    return calls
-
-
-@pytest.mark.parametrize("name", ["kaggle", "kaggle as it lies", "terabyte with a pile", "bins", "multi-hot in a file", "table", "table mapped"])
-def test_one_rank_makes_the_files(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    config = config_of(tmp_path, name, 50)
-    module, function = (table, "build") if name in TABLES else (criteo, "preprocess")
-    calls = counted(monkeypatch, module, function)
-    found, draws = open_together(config, 4)
-    assert len(calls) == 1
-    single, rng = opened(config)
-    wanted = list(single.train.batches())
-    assert draws == [rng.randint(2**31)] * 4 and len(calls) == 1
-    torch.manual_seed(5)
-    for rank, data in enumerate(found):
-        for got, whole in zip(data.train.batches(), wanted, strict=True):
-            assert_same(got, rank_part(whole, rank, 4))
-    assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.tmp"))
-
-
-def test_draws_of_upstreams_first_run(tmp_path, monkeypatch):
-    """That run draws the sub-sampling and the order from the run's stream; ranks that did not make the files would start from other weights."""
-    monkeypatch.chdir(tmp_path)
-    more = ("--raw-data-file=train.txt", "--data-sub-sample-rate=0.4", "--memory-map", "--upstream-compat")
-    (tmp_path / "train.txt").write_bytes(oracle.make_text(300))
-    config = Config.from_args(flags.parse([*CRITEO_MODEL, *more]))
-    _, draws = open_together(config, 3)
-    assert draws == [opened(config)[1].randint(2**31)] * 3
-
-
-def test_two_hosts_and_one_folder(tmp_path, monkeypatch):
-    """Each host's first rank starts to make the files; the one that comes second leaves them to the other. Another run's work is an error."""
-    monkeypatch.chdir(tmp_path)
-    config = config_of(tmp_path, "kaggle", 16)
-    out = tmp_path / "kaggleAdDisplayChallenge_processed.npz"
-    found, draws = open_together(config, 4, hosts=2)
-    assert [facts(data) for data in found] == [facts(found[0])] * 4 and len(set(draws)) == 1
-    out.unlink()
-    order = []
-
-    def wait() -> None:
-        order.append("waited")
-        held.__exit__(None, None, None)
-        opened(config)
-
-    held = locked_folder(parts_folder(out), str(out))
-    held.__enter__()
-    data, _ = opened(config, 2, 4, local_rank=0, wait=wait)
-    assert order == ["waited"] and data.train.num_batches == found[0].train.num_batches
-    out.unlink()
-    with locked_folder(parts_folder(out), str(out)), pytest.raises(UserError, match="another run is making it"):
-        opened(config, 0, 4, wait=lambda: None)
-
-
-def test_what_is_wrong_is_said_by_the_rank_that_finds_it(tmp_path, monkeypatch):
-    """Bad rows by the one that makes the files, before anyone waits for it; a file that is not there by each."""
-    monkeypatch.chdir(tmp_path)
-    config = config_of(tmp_path, "terabyte", 16)
-    text = (tmp_path / "day_5").read_bytes()
-    (tmp_path / "day_5").unlink()
-    for rank in range(2):
-        with pytest.raises(UserError, match="day_5"):
-            opened(config, rank, 2)
-    found, _ = open_together(config, 3)
-    assert [type(error) for error in found] == [UserError, threading.BrokenBarrierError, threading.BrokenBarrierError]
-    assert "day_5" in str(found[0])
-    (tmp_path / "day_5").write_bytes(text[:-3] + b"xyz\n")
-    found, _ = open_together(config, 2)
-    assert isinstance(found[0], UserError) and "day_5: line " in str(found[0]) and isinstance(found[1], threading.BrokenBarrierError)
-    (tmp_path / "day_5").write_bytes(text)
-    found, _ = open_together(config, 2)
-    assert facts(found[0]) == facts(found[1])
-
-
-def test_random_data_waits_for_nobody(tmp_path):
-    def wait() -> None:
-        raise AssertionError("nothing to wait for")
-
-    opened(config_of(tmp_path, "bags", 16), 1, 2, wait=wait)
-
-
-def test_only_the_first_rank_says_what_is_found(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    config = config_of(tmp_path, "table", 16)
-    opened(config)
-    said = {}
-    for rank in range(2):
-        capsys.readouterr()
-        opened(config, rank, 2)
-        said[rank] = capsys.readouterr().err
-    assert "Table of 173 rows" in said[0] and said[1] == ""

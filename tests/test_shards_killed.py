@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_shards import ORDER, State, assert_same, checkpoint_of, copied, made, pieces_of, save, the_save
+from saves import ORDER, State, assert_same, checkpoint_of, copied, made, pieces_of, save, the_save
 
 from dlrm_xla import shards
 from dlrm_xla.shards import Writers

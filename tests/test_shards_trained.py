@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from saves import equal
 from test_methods import LAYOUTS
 from test_ranks import BATCH, DIM, DRAWING, ROWS, batches_of, everywhere, specs_of, spread
-from test_shards import equal
 
 import run_dlrm
 from dlrm_xla import checkpoint, checkpoint_file, export_checkpoint, flags, shards
