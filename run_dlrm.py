@@ -18,7 +18,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 from dlrm_xla import backends, checkpoint, checkpoint_file, flags, launch  # noqa: E402
 from dlrm_xla.config import Config  # noqa: E402
 from dlrm_xla.rules import check_batches, check_world  # noqa: E402
-from dlrm_xla.specs import TableSpec, UserError, one_line  # noqa: E402
+from dlrm_xla.specs import TableSpec, UserError, one_line, size_text  # noqa: E402
 
 PICTURE = "plan.png"  # of --plan-only, in --log-dir
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "resource_exhausted")  # torch on the CPU, CUDA, XLA
@@ -207,6 +207,8 @@ def run(config: Config, resolved: dict, argv: list[str], ranks: launch.Ranks) ->
                 session.evaluate(-1, None, quantized_forward(trainer, *bits, console.line if compat else None) if bits != (32, 32) else None)
             else:
                 session.fit()
+                if output.save_model and session.last_saved == (output.load_model or None):
+                    console.note(f"nothing was saved to --save-model={output.save_model}: no test was the best so far; --save-every=N always saves")
         if output.debug and not config.inference_only:
             debug.print_parameters(console.line, "updated", trainer)
         paths = tracker.close(session.final_figures())
@@ -284,12 +286,29 @@ def build(
     world = backend.collectives.world
     if world > 1:
         parts = table_parts(created, rule, config.model.weighted_pooling, world)
-        plan = plan_of(parts) if plan_of else make_plan(parts, world, config.data.batch_size, config.ranks.sharding, config.ranks.rank_bytes)
+        plan = plan_of(parts) if plan_of else make_plan(parts, world, config.data.batch_size, config.ranks.sharding, room(config, created, rule))
         if note is not None:
             note(summary(plan))
     tables = EmbeddingCollection(created, config.model.weighted_pooling, rule, layout, device, plan, backend.collectives)
     model = DLRM(config.model, len(specs), config.loss.threshold, rng)
     return Trainer(config, backend.place(model), backend.place(tables), backend, frozen_pooling=compat and config.output.debug)
+
+
+def beside(tables, rule) -> int:
+    """Bytes of what tables have beside rows, optimizer state included: every rank has all of it."""
+    trained = sum(parameter.nelement() for table in tables for parameter in table.parameters())
+    kept = sum(buffer.nelement() * buffer.element_size() for table in tables for buffer in table.buffers())
+    return 4 * trained * (1 + len(rule.dense_state)) + kept
+
+
+def room(config: Config, tables, rule) -> int | None:
+    """Bytes of --rank-memory that are left for rows. UserError where none are."""
+    if config.ranks.rank_bytes is None:
+        return None
+    left = config.ranks.rank_bytes - beside(tables, rule)
+    if left <= 0:
+        raise UserError(f"--rank-memory={config.ranks.rank_bytes}: tables have {beside(tables, rule)} bytes beside rows on every rank; allow more")
+    return left
 
 
 def plan_only(config: Config, ranks: launch.Ranks, folder: str) -> None:
@@ -327,8 +346,11 @@ def plan_only(config: Config, ranks: launch.Ranks, folder: str) -> None:
     parts = table_parts(tables, RULES[config.train.optimizer](), config.model.weighted_pooling, world)
     model = DLRM(config.model, len(specs), config.loss.threshold, rng)
     dense = sum(parameter.numel() for module in (model, *tables) for parameter in module.parameters())
-    plan = make_plan(parts, world, config.data.batch_size, config.ranks.sharding, config.ranks.rank_bytes)
+    rule = RULES[config.train.optimizer]()
+    plan = make_plan(parts, world, config.data.batch_size, config.ranks.sharding, room(config, tables, rule))
     console.line("\n".join(lines(plan, dense)))
+    if beside(tables, rule):
+        console.line(f"beside rows, on every rank: {size_text(beside(tables, rule))} of dense parameters and codes of tables")
     if config.json_file:
         compile_report.write_json(Path(config.json_file), as_json(plan, dense))
     if folder:

@@ -64,6 +64,9 @@ class Board:
         self._set(f"reason/{rank}", "")
         self._set(f"beat/{rank}", "0")
         self._unanswered = 0  # looks of the guard since the store's last answer
+
+    def start(self) -> None:
+        """From now on a failure elsewhere interrupts this process: by an exception, so whoever handles it must know the board by then."""
         for work in (self._watch, self._guard):
             threading.Thread(target=work, daemon=True).start()
 

@@ -29,6 +29,8 @@ USABLE_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 LEAST_BYTES = 1 << 20  # a smaller buffer is no table: copying it costs a microsecond, and its size says little about whose copy it is
 MEMORY = ("tables", "row state", "codes", "dense", "dense state", "batch and constants", "outputs", "temporaries", "code", "beside the program")
 
+Counts = dict[str, tuple[int, dict[str, int]]]  # kind of collective -> how many, and bytes by type
+
 # names of Plan.volumes
 IDS, VECTORS, GRADIENTS = "ids, all-to-all", "vectors, all-to-all", "gradients of vectors, all-to-all"
 SUMS, COPIES = "sums of gradients, all-reduce", "rows of copies, all-gather"
@@ -62,11 +64,15 @@ class StepReport:
     planned: dict[str, tuple[int, dict[str, int]]] | None
 
     @property
+    def sent(self) -> "Counts":
+        return {kind: (one.count, one.bytes) for kind, one in self.collectives.items()}
+
+    @property
     def unplanned(self) -> list[str]:
         """The kinds of collectives that are not as planned."""
         if self.error or self.planned is None:
             return []
-        sent = {kind: (one.count, one.bytes) for kind, one in self.collectives.items()}
+        sent = _with_gathers(self.sent, self.planned)
         return sorted(kind for kind in sent.keys() | self.planned.keys() if sent.get(kind) != self.planned.get(kind))
 
     @property
@@ -77,6 +83,20 @@ class StepReport:
     def passes(self) -> bool:
         sound = not self.copies and not self.not_donated and not self.unplanned
         return not self.error and sound and self.total <= self.usable * 2**30
+
+
+def _with_gathers(sent: Counts, planned: Counts) -> Counts:
+    """`sent` with an all-gather where libtpu has made a small one an all-reduce of zeros and each chip's share: as many times the bytes as chips."""
+    (gathers, wanted), (sums, wanted_sums) = (planned.get(kind, (0, {})) for kind in ("all-gather", "all-reduce"))
+    (num_gathers, gathered), (num_sums, summed) = (sent.get(kind, (0, {})) for kind in ("all-gather", "all-reduce"))
+    gathered, summed = dict(gathered), dict(summed)
+    for dtype, size in wanted.items():
+        missing, more = size - gathered.get(dtype, 0), summed.get(dtype, 0) - wanted_sums.get(dtype, 0)
+        if 0 < missing < more and more % missing == 0 and num_sums > sums and num_gathers < gathers:
+            gathered[dtype], summed[dtype] = size, summed[dtype] - more
+            num_gathers, num_sums = num_gathers + 1, num_sums - 1
+    found = dict(sent) | {"all-gather": (num_gathers, gathered), "all-reduce": (num_sums, {dtype: size for dtype, size in summed.items() if size})}
+    return {kind: what for kind, what in found.items() if what[0]}
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:

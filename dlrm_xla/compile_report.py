@@ -149,7 +149,8 @@ def _plan_lines(name: str, step: StepReport) -> list[str]:
     if step.planned is None:
         return []
     if not step.unplanned:
-        return [f"{name}: as the plan says, to the byte"]
+        same = step.sent == step.planned
+        return [f"{name}: as the plan says, {'to the byte' if same else 'but for small all-gathers that libtpu has made all-reduces'}"]
     kinds = []
     for kind in step.unplanned:
         count, sizes = step.planned.get(kind, (0, {}))

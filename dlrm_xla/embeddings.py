@@ -248,7 +248,7 @@ class EmbeddingCollection(nn.Module):
         return (
             f"{sum(len(segments) for segments in self.segments)} in {len(self.stores)} store{'s' if len(self.stores) != 1 else ''}, "
             f"{size_text(weights)} of weights and {size_text(state)} of optimizer state"
-            f"{f', {size_text(rest)} of scratch and padding' if rest else ''}, layout {self.layout.name}"
+            f"{f', {size_text(rest)} of scratch and padding' if rest else ''}{' on this rank' if self.plan else ''}, layout {self.layout.name}"
         )
 
     @torch.no_grad()

@@ -89,6 +89,7 @@ class Ranks:
                 store, host = _reach_store(self.place)
             _wait_for_all(store, self.place, host)
             self._board = Board(store, self.rank, self.world, host)
+            self._board.start()
 
     def meet(self) -> None:
         """Every rank comes so far, or none goes on. Where one may fail by itself (a file that its host lacks), before the others wait for it."""
@@ -218,6 +219,8 @@ def check_devices(local_world: int, local_rank: int) -> None:
     import torch
 
     found, count = torch.cuda.device_count(), max(local_world, local_rank + 1)
+    if found == 0:
+        raise UserError("--device=cuda: this PyTorch sees no CUDA device; use --device=cpu")
     if count > found:
         raise UserError(
             f"--device=cuda: {count} ranks on this host need {count} CUDA devices and it has {found}; start {found} with torchrun "

@@ -65,8 +65,8 @@ def summary(plan: Plan) -> str:
     counts = {place: sum(where == place for where in plan.where) for place in (SPLIT, EVERYWHERE)}
     whole = len(plan.parts) - sum(counts.values())
     return (
-        f"plan: of {_count(len(plan.parts), 'part')} of tables {whole} lie on one rank, {counts[SPLIT]} are split over all {plan.world}, "
-        f"{counts[EVERYWHERE]} are copied; {size_text(padded_bytes(plan))} on each rank; max / mean of bytes "
+        f"plan: tables whole on one rank: {whole}, split over all {plan.world}: {counts[SPLIT]}, copied to all: {counts[EVERYWHERE]}; "
+        f"{size_text(padded_bytes(plan))} on each rank; max / mean of bytes "
         f"{imbalance([load.bytes for load in held]):.3f}, of lookups {imbalance([load.lookups for load in held]):.3f} (--plan-only shows more)"
     )
 

@@ -316,7 +316,7 @@ def check_ranks(args) -> None:
             "--dist-backend=gloo: leaves tensors on XLA as they are without a word; chips of a TPU exchange by themselves; leave it out",
         ),
         (tpu_cores(args) < 0, f"--tpu-cores={tpu_cores(args)}: must be at least 1, or 0 for all chips of this host"),
-        (args.plan_ranks < 0, f"--plan-ranks={args.plan_ranks}: must be at least 1, or 0 for the ranks of this launch"),
+        (args.plan_ranks < 0, f"--plan-ranks={args.plan_ranks}: must be at least 1, or 0 for those of this launch, 4 where it is one process"),
         (args.plan_ranks > 0 and not args.plan_only, f"--plan-ranks={args.plan_ranks}: is for --plan-only; add it or leave this out"),
         (args.plan_only and args.compile_for is not None, "--plan-only and --compile-for both end without training; leave one of them out"),
         (args.spmd and device != "xla", "--spmd: one process for all devices is a way of XLA's; add --device=xla"),
@@ -357,13 +357,12 @@ def check_world(config, world: int) -> None:
 
 
 def check_batches(config, world: int) -> None:
-    """UserError for batches that do not divide among the ranks."""
-    data, train = config.data, config.data.batch_size
-    for name, rows in (("mini-batch-size", train), *((("test-mini-batch-size", data.test_batch_size),) if data.test_batch_size != train else ())):
-        if rows % world:
-            below = rows // world * world
-            near = f"{below} or {below + world}" if below else f"{world}"
-            raise UserError(f"--{name}={rows}: is the batch of all {world} ranks together and does not divide among them; use {near}")
+    """UserError for a batch of training that does not divide among the ranks. One of a test is padded: it changes no result."""
+    rows = config.data.batch_size
+    if rows % world:
+        below = rows // world * world
+        near = f"{below} or {below + world}" if below else f"{world}"
+        raise UserError(f"--mini-batch-size={rows}: is the batch of all {world} ranks together and does not divide among them; use {near}")
 
 
 def quantized(args) -> bool:

@@ -124,9 +124,9 @@ def test_xlas_cpu_backend_is_one_process(cli, monkeypatch):
 def test_batches_must_divide_among_ranks():
     from dlrm_xla.rules import check_world
 
-    config = Config.from_args(flags.parse([*SMALL, "--test-mini-batch-size=10"]))
+    config = Config.from_args(flags.parse([*SMALL, "--mini-batch-size=10", "--test-mini-batch-size=11"]))
     check_world(config, 2)
-    with pytest.raises(UserError, match="--test-mini-batch-size=10: .* use 8 or 12"):
+    with pytest.raises(UserError, match="--mini-batch-size=10: .* use 8 or 12"):
         check_world(config, 4)
 
 

@@ -172,3 +172,17 @@ def test_a_topology_has_as_many_chips_as_the_run():
     tpu_compiler.check_topology("v5e:2x2", 2)
     with pytest.raises(UserError, match="has 4 chips and the run is for 8; name a larger topology"):
         tpu_compiler.check_topology("v4:2x2x1", 8)
+
+
+def test_a_small_all_gather_may_become_an_all_reduce():
+    """Which libtpu does: of four chips four times the bytes. Anything else is not as planned."""
+    planned = {"all-reduce": (1, {"f32": 1672}), "all-gather": (2, {"s32": 192, "f32": 3072})}
+    rewritten = {"all-reduce": (2, {"f32": 1672, "s32": 768}), "all-gather": (1, {"f32": 3072})}
+    assert compile_for._with_gathers(rewritten, planned) == planned
+    assert compile_for._with_gathers(planned, planned) == planned
+    for wrong in (
+        {"all-reduce": (1, {"f32": 1672}), "all-gather": (1, {"f32": 3072})},  # one is missing
+        {"all-reduce": (2, {"f32": 1672, "s32": 700}), "all-gather": (1, {"f32": 3072})},
+        {"all-reduce": (2, {"f32": 1672, "s32": 768}), "all-gather": (2, {"s32": 192, "f32": 3072})},  # one too many
+    ):
+        assert compile_for._with_gathers(wrong, planned) != planned
