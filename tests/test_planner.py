@@ -61,7 +61,7 @@ SETS = {
     "one row": (plain([1]), 64),
     "equal": (plain([50_000] * 8), 256),
     "fewer than ranks": (plain([70_000, 40, 90_000]), 256),
-    **{f"drawn {seed}": (drawn(seed), 192) for seed in range(6)},
+    **{f"drawn {seed}": (drawn(seed), 192) for seed in range(4)},
 }
 REAL = ("kaggle", "kaggle, adagrad", "mlperf, one id", "mlperf", "mlperf, small batch")
 EVERY_SET = pytest.mark.parametrize("name", SETS)
@@ -269,7 +269,7 @@ def test_the_same_plan_in_every_process():
     """Hashing of strings differs there; the order in which parts are asked about does not."""
     script = (
         "import sys; sys.path.insert(0, 'tests'); from test_planner import *;"
-        "print([planned(name, 4).where for name in ('kaggle', 'mlperf', 'drawn 3')])"
+        "print([planned(name, 4).where for name in ('kaggle', 'drawn 3')])"
     )
     found = set()
     for seed in ("0", "7"):
@@ -278,7 +278,7 @@ def test_the_same_plan_in_every_process():
         )
         assert done.returncode == 0, done.stderr
         found.add(done.stdout.strip())
-    assert found == {str([planned(name, 4).where for name in ("kaggle", "mlperf", "drawn 3")])}
+    assert found == {str([planned(name, 4).where for name in ("kaggle", "drawn 3")])}
 
 
 def test_many_parts_on_many_ranks():

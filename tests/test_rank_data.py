@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CRITEO_MODEL
-from rank_sources import CRITEO, DRAWN, TABLES, WORLDS, assert_same, batches_of, config_of, facts, opened, write_like_upstream
+from rank_sources import CRITEO, DRAWN, TABLES, WORLDS, assert_same, batches_of, companions, config_of, facts, opened, write_like_upstream
 
 from data_loaders import mlperf_bin
 from data_loaders.criteo_split import CriteoSplit
@@ -22,6 +22,7 @@ from tests.oracles import criteo as oracle
 @pytest.mark.parametrize("name", [*DRAWN, *CRITEO, *TABLES])
 def test_each_rank_has_its_part_of_each_batch(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
+    companions(monkeypatch, name)
     sizes = [16, 50, 1000]
     if name == "drop the last":
         sizes.remove(1000)  # which leaves no batch

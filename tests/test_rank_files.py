@@ -9,6 +9,7 @@ from conftest import CRITEO_MODEL
 from rank_sources import (
     TABLES,
     assert_same,
+    companions,
     config_of,
     facts,
     opened,
@@ -60,6 +61,7 @@ def counted(monkeypatch, module, name: str) -> list:
 @pytest.mark.parametrize("name", ["kaggle", "kaggle as it lies", "terabyte with a pile", "bins", "multi-hot in a file", "table", "table mapped"])
 def test_one_rank_makes_the_files(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
+    companions(monkeypatch, name)
     config = config_of(tmp_path, name, 50)
     module, function = (table, "build") if name in TABLES else (criteo, "preprocess")
     calls = counted(monkeypatch, module, function)
@@ -72,6 +74,7 @@ def test_one_rank_makes_the_files(tmp_path, monkeypatch, name):
     for rank, data in enumerate(found):
         for got, whole in zip(data.train.batches(), wanted, strict=True):
             assert_same(got, rank_part(whole, rank, 4))
+    assert len(list(tmp_path.glob("multi_hot_*.bin"))) == (name == "multi-hot in a file")
     assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.tmp"))
 
 

@@ -1,5 +1,6 @@
 """A run on W ranks equals the run on one rank: losses, tables, optimizer state and what is exchanged, whatever lies where."""
 
+import functools
 import threading
 
 import numpy as np
@@ -114,14 +115,21 @@ def whole_state(trainers: list) -> dict[str, torch.Tensor]:
     return found
 
 
-def check(world, kind="plain", rule="sgd", layout="ragged", hotness=1, plan_of=None, steps=8, pooling="sum", more=()):
+@functools.cache
+def one_rank(kind, rule, layout, hotness, steps, pooling, more):
+    """What a run is made of, and its losses and numbers on one rank."""
     config, specs = config_of(kind, rule, *more), specs_of(hotness, pooling)
     batches = batches_of(specs, steps)
-    ((wanted, alone),) = run_ranks(1, lambda backend: train(backend, config, specs, batches), LAYOUTS[layout])
+    ((losses, alone),) = run_ranks(1, lambda backend: train(backend, config, specs, batches), LAYOUTS[layout])
+    return config, specs, batches, losses, whole_state([alone])
+
+
+def check(world, kind="plain", rule="sgd", layout="ragged", hotness=1, plan_of=None, steps=8, pooling="sum", more=()):
+    config, specs, batches, wanted, expected = one_rank(kind, rule, layout, hotness, steps, pooling, tuple(more))
     ranks = run_ranks(world, lambda backend: train(backend, config, specs, batches, plan_of), LAYOUTS[layout])
     for losses, _ in ranks:
         np.testing.assert_allclose(losses, wanted, rtol=0, atol=1e-6)
-    expected, found = whole_state([alone]), whole_state([trainer for _, trainer in ranks])
+    found = whole_state([trainer for _, trainer in ranks])
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         # the losses are the bar; Adagrad's first steps make of a sum's last bit a step of another size
