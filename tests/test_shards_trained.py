@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rank_models import DRAWING, batches_of, config_of, everywhere, specs_of, spread, whole_state
 from ranks import run_ranks
 from saves import equal
 from test_methods import LAYOUTS
-from test_ranks import BATCH, DIM, DRAWING, ROWS, batches_of, everywhere, specs_of, spread
 
 import run_dlrm
-from dlrm_xla import checkpoint, checkpoint_file, export_checkpoint, flags, shards
+from dlrm_xla import checkpoint, checkpoint_file, export_checkpoint, shards
 from dlrm_xla.batch import rank_part
 from dlrm_xla.checkpoint_file import Progress
 from dlrm_xla.config import Config
@@ -22,14 +22,6 @@ CASES = [
     ("", "sgd"), ("", "adagrad"), ("", "rwsadagrad"), ("qr:collisions=4", "adagrad"), ("tt:rank=4", "rwsadagrad"), ("lpt", "rwsadagrad"),
     ("lpt", "sgd"), ("double_hash:rows=20", "sgd"), ("cce:rows=8", "rwsadagrad"),
 ]  # fmt: skip
-
-
-def config_of(method: str, rule: str, *more: str) -> Config:
-    compress = [f"--compress={method}", "--compress-threshold=40"] if method else []
-    return Config.from_args(flags.parse([
-        f"--arch-sparse-feature-size={DIM}", f"--arch-embedding-size={'-'.join(map(str, ROWS))}", f"--arch-mlp-bot=5-6-{DIM}", "--arch-mlp-top=9-1",
-        f"--mini-batch-size={BATCH}", "--loss-function=bce", f"--optimizer={rule}", "--learning-rate=0.1", *compress, *more,
-    ]))  # fmt: skip
 
 
 def build(backend, config: Config, seed: int, plan_of=None, to_load: bool = False):
@@ -63,23 +55,6 @@ def resumed(path: Path, config: Config, world: int, plan_of=None, layout: str = 
         return trainer
 
     return run_ranks(world, work, LAYOUTS[layout])
-
-
-def whole_state(trainers: list) -> dict[tuple[str, str], torch.Tensor]:
-    """Every trained number by name and key, put together from what the ranks hold. Copies must be equal."""
-    found, seen = {}, {}
-    for trainer in trainers:
-        segments = {s.name: s for of_table in trainer.tables.segments for s in of_table}
-        for name, weight, state in checkpoint.parameters(trainer):
-            segment = segments.get(name.removesuffix("_scale"))
-            first, total = (segment.first, segment.total) if segment else (0, weight.shape[0])
-            for key, values in {"": weight, **state}.items():
-                whole = found.setdefault((name, key), torch.zeros((total, *values.shape[1:]), dtype=values.dtype))
-                there, rows = seen.setdefault((name, key), torch.zeros(total, dtype=torch.bool)), slice(first, first + values.shape[0])
-                assert torch.equal(whole[rows][there[rows]], values[there[rows]]), f"copies of {name} {key} differ"
-                whole[rows], there[rows] = values, True
-    assert all(there.all() for there in seen.values())
-    return found
 
 
 def assert_bitwise(trainers: list, others: list) -> None:
