@@ -35,7 +35,7 @@ import numpy as np
 import psutil
 import torch
 from report import ROOT, finish, heading, median, say
-from train_step import MODEL, OPTIMIZERS, TRAIN_LINE, Bench, Data, busy_seconds, copy_upstream, prepare, products, seconds_of_products
+from train_step import MODEL, OPTIMIZERS, TRAIN_LINE, Bench, Data, busy_seconds, copy_upstream, prepare, products, seconds_of_products, take_turns
 
 SIDES = ("one", "two", "upstream")
 BARS = {"two/one": 1.5, "two/upstream": 1.0}  # at batch 4096
@@ -152,16 +152,7 @@ def _products_at_once(batch_size: int, cores: list[int]) -> float:
 
 def compare(bench: RanksBench, batch_size: int, rounds: int, sides: list[str]) -> dict:
     """All sides in turn, `rounds` times."""
-    runs: dict[str, list[dict]] = {name: [] for name in sides}
-    for number in range(rounds):
-        for name in sides if number % 2 == 0 else sides[::-1]:
-            figures = bench.undisturbed_speed(name, batch_size)
-            runs[name].append(figures)
-            say(
-                f"batch {batch_size}, round {number + 1}/{rounds}, {name}: {figures['rows_per_s']:,.0f} rows/s, {figures['step_ms']:.1f} ms "
-                f"a step, p95 {figures['p95_ms']:.1f}, CPU {figures['cpu_ms_a_core']:.1f} ms a core; loss {figures['last_loss']:.6f}; "
-                f"others {figures['others_cores']:.2f} cores"
-            )
+    runs = take_turns(bench, sides, batch_size, rounds, lambda own: f"{own['cpu_ms_a_core']:.1f} ms a core; loss {own['last_loss']:.6f}")
     results: dict = {"sides": {}, "ratios": {}}
     for name in sides:
         own = {key: round(median([run[key] for run in runs[name]]), 6 if key == "last_loss" else 3) for key in runs[name][0]}

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,17 +220,23 @@ def bounds(batch_sizes: list[int]) -> dict:
     return found
 
 
-def compare(bench: Bench, names: list[str], batch_size: int, rounds: int, optimizers: list[str]) -> dict:
-    """All variants in turn, `rounds` times; then their AUC."""
+def take_turns(bench, names: list[str], batch_size: int, rounds: int, cpu: Callable[[dict], str]) -> dict[str, list[dict]]:
+    """bench.undisturbed_speed of all names in turn, `rounds` times; the order turns around every other round. cpu: its figure, for the log."""
     runs: dict[str, list[dict]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names if number % 2 == 0 else names[::-1]:
-            figures = bench.undisturbed_speed(name, batch_size)
-            runs[name].append(figures)
+            own = bench.undisturbed_speed(name, batch_size)
+            runs[name].append(own)
             say(
-                f"batch {batch_size}, round {number + 1}/{rounds}, {name}: {figures['rows_per_s']:,.0f} rows/s, {figures['step_ms']:.2f} ms "
-                f"a step, p95 {figures['p95_ms']:.2f}, CPU {figures['cpu_ms']:.2f} ms; others {figures['others_cores']:.2f} cores"
+                f"batch {batch_size}, round {number + 1}/{rounds}, {name}: {own['rows_per_s']:,.0f} rows/s, {own['step_ms']:.2f} ms a step, "
+                f"p95 {own['p95_ms']:.2f}, CPU {cpu(own)}; others {own['others_cores']:.2f} cores"
             )
+    return runs
+
+
+def compare(bench: Bench, names: list[str], batch_size: int, rounds: int, optimizers: list[str]) -> dict:
+    """All variants in turn, `rounds` times; then their AUC."""
+    runs = take_turns(bench, names, batch_size, rounds, lambda own: f"{own['cpu_ms']:.2f} ms")
     results = {}
     for name in names:
         own = {key: round(median([run[key] for run in runs[name]]), 3) for key in runs[name][0]}

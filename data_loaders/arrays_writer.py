@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from data_loaders.criteo_npz import RawFingerprint
 from data_loaders.manifest import CHUNK_BYTES, NAME, ROWS, DenseColumn, File, Manifest, Part, Table, bag_files, vocabulary_files
-from data_loaders.spill import Segment, crc32, remove, sync_folder, write_all, write_at, write_whole
+from data_loaders.spill import Segment, crc32, remove, write_all, write_at, write_whole
 from data_loaders.spilled import IDS, IdReader, Numbered
+from dlrm_xla.files import sync_folder
 from dlrm_xla.specs import UserError
 
 SAVE_BYTES = 1 << 30  # so much is written, at most, between two records of what is done

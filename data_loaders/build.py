@@ -27,6 +27,7 @@ from data_loaders.read_stage import MIN_FREE, enough, read_rows, resident_bytes
 from data_loaders.spilled import IDS, VOCABULARY, Numbered, Spilled
 from data_loaders.split import split_rows
 from data_loaders.vocabulary import OldVocabularies
+from dlrm_xla.files import sync_folder
 from dlrm_xla.specs import UserError
 
 FORMAT = 1  # of the parts folder
@@ -143,7 +144,7 @@ class _Build:
             before_naming(built)
             self._name_result()
         spill.remove(self.folder)
-        spill.sync_folder(self.out.parent)
+        sync_folder(self.out.parent)
         return built
 
     def _take_up(self) -> None:
@@ -171,7 +172,7 @@ class _Build:
         spill.remove(self.folder / spill.STATE)
         for path in set(self.folder.iterdir()) - kept - {self.folder / _KEY}:
             spill.remove(path)
-        spill.sync_folder(self.folder)
+        sync_folder(self.folder)
         spill.write_json(self.folder / _KEY, key)
 
     def _save(self, **changes: Any) -> None:
@@ -224,7 +225,7 @@ class _Build:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.result)
-            spill.sync_folder(self.folder)
+            sync_folder(self.folder)
 
     @contextlib.contextmanager
     def _bar(self, total: int, numbered: Numbered, written: dict | None) -> Iterator[tqdm]:
@@ -240,7 +241,7 @@ class _Build:
             os.replace(self.out, self.folder / _OLD)
             spill.remove(self.folder / _OLD)  # now, because a run that is killed behind the next line leaves the folder to nobody
         os.replace(self.result, self.out)
-        spill.sync_folder(self.out.parent)
+        sync_folder(self.out.parent)
 
 
 def _stamp(path: Path) -> list[int]:

@@ -41,8 +41,8 @@ from data_loaders.criteo_text import COLUMNS, NUM_DENSE, NUM_SPARSE
 from data_loaders.manifest import NAME, ROWS, DenseColumn, File, Manifest, Part, Table, is_only_arrays, vocabulary_files
 from data_loaders.mlperf_bin import BinSource
 from data_loaders.reorder import OrderKey, order_file, stored_order
-from data_loaders.spill import sync_folder
 from data_loaders.vocabulary import NPZ_SHARED, npz_member
+from dlrm_xla.files import sync_folder
 from dlrm_xla.specs import UserError
 
 _CHUNK = 1 << 16  # rows

@@ -22,6 +22,7 @@ import numpy as np
 from isal import isal_zlib
 
 from data_loaders.blocks import Block, Mark
+from dlrm_xla.files import sync_folder
 from dlrm_xla.specs import UserError
 
 _TRAILER = struct.Struct("<II")
@@ -35,15 +36,6 @@ def crc32(data, value: int = 0) -> int:
 
 
 # ---- files that are whole or not there ------------------------------------------------------------------------------------------
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def write_whole(path: Path, pieces: Iterable[Any]) -> None:

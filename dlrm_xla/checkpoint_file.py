@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlrm_xla.files import sync_folder
 from dlrm_xla.specs import UserError
 
 # upstream's test_acc is a NumPy float64; old and new NumPy call its constructor by different names
@@ -176,15 +177,6 @@ def put(path: Path, content: dict) -> None:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
-
-
-def sync_folder(folder: Path) -> None:
-    """What was made, renamed and removed in it is on the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def alone(part: Tensor) -> Tensor:

@@ -82,8 +82,8 @@ def time_proxy(plan: Plan) -> int:
     rows where gradients are summed densely, else those that the whole batch looks up.
     """
     world, batch = plan.world, plan.batch_size
-    ids, vectors, gradients, summed, rows = plan.volumes(0).values()
-    wire = (world - 1) * (ids + vectors + gradients + 2 * summed + world * rows)
+    ids, vectors, gradients, summed, *gathered = plan.volumes(0).values()
+    wire = (world - 1) * (ids + vectors + gradients + 2 * summed + world * sum(gathered))
     memory = 0
     for store in range(plan.num_stores):
         looked_up = batch * sum(plan.parts[n].columns for n in plan.replicated(store))

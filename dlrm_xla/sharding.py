@@ -166,17 +166,18 @@ class Plan:
         stores = range(self.num_stores)
         columns = sum(self.columns(store) for store in stores)
         vectors = sum(self.outputs(store) * self.widths[store] for store in stores)
-        summed, gathered = dense_parameters + 1, 0
+        summed, numbers, gradients = dense_parameters + 1, 0, 0
         for store in stores:
             if self.sums_densely(store):
                 summed += self.replicated_rows(store) * self.widths[store]
             else:
                 looked_up = local * sum(self.parts[n].columns for n in self.replicated(store))
-                gathered += looked_up * (1 + self.widths[store]) * 4
+                numbers, gradients = numbers + looked_up, gradients + looked_up * self.widths[store]
         return {
             "ids, all-to-all": batch * columns * 4,
             "vectors, all-to-all": batch * vectors * 4,
             "gradients of vectors, all-to-all": batch * vectors * 4,
             "sums of gradients, all-reduce": summed * 4,
-            "rows of copies, all-gather": gathered,
+            "row numbers of copies, all-gather": numbers * 4,
+            "gradients of copies, all-gather": gradients * 4,
         }

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from dlrm_xla import checkpoint_file
-from dlrm_xla.checkpoint_file import MARK, SAVE, Checkpoint, alone, content_of, load, put, sync_folder
+from dlrm_xla.checkpoint_file import MARK, SAVE, Checkpoint, alone, content_of, load, put
+from dlrm_xla.files import sync_folder
 from dlrm_xla.specs import UserError
 
 INDEX = "index.pt"

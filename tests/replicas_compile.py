@@ -17,24 +17,17 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import run_dlrm  # noqa: E402
+from data_loaders.synth_profiles import KAGGLE_CARDINALITIES, TERABYTE_CARDINALITIES  # noqa: E402
 from dlrm_xla import compile_for, flags, tpu_compiler  # noqa: E402
 from dlrm_xla.backends import make_tracer  # noqa: E402
 from dlrm_xla.batch import Batch, rank_part  # noqa: E402
 from dlrm_xla.config import Config  # noqa: E402
+from dlrm_xla.rules import MLPERF_MULTI_HOT  # noqa: E402
 from dlrm_xla.specs import TableSpec  # noqa: E402
 
 WORLD = 4
 FOUR_CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
-KAGGLE = (
-    1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181,
-    105, 142572,
-)  # fmt: skip
-# MLPerf's DLRMv2: rows and ids in a bag
-DCN = (
-    40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10, 2209, 11938, 155, 4, 976, 14, 40000000, 40000000,
-    40000000, 590152, 12973, 108, 36,
-)  # fmt: skip
-BAGS = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
+MLPERF_ROWS = tuple(min(rows, 40_000_000) for rows in TERABYTE_CARDINALITIES)
 
 
 @dataclass(frozen=True)
@@ -51,10 +44,10 @@ class Model:
 
 
 MODELS = {
-    "kaggle, sgd": Model(FOUR_CHIPS, KAGGLE, (1,) * 26, 16, 2048, "sgd", "13-64-16"),
-    "kaggle, rwsadagrad": Model(("v5e:2x2",), KAGGLE, (1,) * 26, 16, 2048, "rwsadagrad", "13-64-16"),
+    "kaggle, sgd": Model(FOUR_CHIPS, KAGGLE_CARDINALITIES, (1,) * 26, 16, 2048, "sgd", "13-64-16"),
+    "kaggle, rwsadagrad": Model(("v5e:2x2",), KAGGLE_CARDINALITIES, (1,) * 26, 16, 2048, "rwsadagrad", "13-64-16"),
     "copies, gathered": Model(("v5e:2x2",), (200_000, 100_000, 50), (2, 2, 2), 16, 256, "sgd", "13-64-16", sharding="data"),
-    "dlrm v2, rwsadagrad": Model(("v5p:2x2x1",), DCN, BAGS, 128, 4096, "rwsadagrad", "13-64-128"),
+    "dlrm v2, rwsadagrad": Model(("v5p:2x2x1",), MLPERF_ROWS, MLPERF_MULTI_HOT, 128, 4096, "rwsadagrad", "13-64-128"),
 }
 
 
@@ -69,8 +62,7 @@ def trace(model: Model):
             ]
         )
     )  # fmt: skip
-    tracer = make_tracer()
-    tracer.collectives = XlaCollectives(0, WORLD)
+    tracer = make_tracer(WORLD)
     specs = [TableSpec(f"emb_l.{n}", rows, model.width, bag) for n, (rows, bag) in enumerate(zip(model.sizes, model.bags, strict=True))]
     trainer = run_dlrm.build(config, specs, np.random.RandomState(1), tracer, device="meta", to_load=True)
     ids = torch.zeros(model.batch, sum(model.bags), dtype=torch.int32)
@@ -84,8 +76,6 @@ def trace(model: Model):
 
 
 if __name__ == "__main__":
-    from dlrm_xla.backends.xla import XlaCollectives
-
     names = sys.argv[2:]
     traced = {name: trace(MODELS[name]) for name in names}
     reports = {}

@@ -10,14 +10,14 @@ from conftest import ROOT
 
 # the parts of dlrm_xla; each level may import itself and those below
 LEVELS = (
-    {"specs", "flags", "config", "rules", "batch", "sharding", "planner", "plan_report"},
+    {"specs", "files", "flags", "config", "rules", "batch", "sharding", "planner", "plan_report"},
     {"ops", "layouts", "backends", "metrics", "console", "mlperf", "tracking", "summary", "hlo", "tpu_compiler"},
     {"tables", "segments", "embeddings", "stores", "quantized_store", "reads", "exchange", "optim", "losses", "init"},
     {"models"},
     {"train", "evaluate", "checkpoint", "checkpoint_file", "shards"},
     {"session", "debug", "profile", "onnx_export", "quantize", "compile_for", "compile_report", "board", "launch", "xla_spawn", "export_checkpoint"},
 )
-CONTRACTS = {"flags", "config", "specs", "batch"}
+CONTRACTS = {"files", "flags", "config", "specs", "batch"}
 COMPRESSION_MAY = CONTRACTS | {"ops", "tables", "embeddings", "layouts", "stores", "init", "optim"}
 # python -m compression COMMAND: like run_dlrm.py they know every package, but not each other's insides, and no method imports them
 COMMANDS = {

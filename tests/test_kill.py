@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from killing import Steps
 
 STEPS = ("fsync", "replace", "unlink", "rmdir", "mkdir", "pwrite")
 
@@ -28,30 +29,13 @@ def kill_at(step: int) -> None:
     """This process dies before its step number `step`; half of a write is done then."""
     from data_loaders import spill
 
-    left = [step]
+    def write_half(file, piece) -> None:
+        view = memoryview(piece).cast("B")
+        file.write(view[: len(view) // 2])
 
-    def count() -> bool:
-        left[0] -= 1
-        return left[0] < 0
-
-    def before(call):
-        def stepped(*args, **kwargs):
-            if count():
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-
-        return stepped
-
-    def half(file, piece):
-        if count():
-            view = memoryview(piece).cast("B")
-            file.write(view[: len(view) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        whole(file, piece)
-
-    whole = spill.write_all
-    for name in STEPS:
-        setattr(os, name, before(getattr(os, name)))
+    steps = Steps(step)
+    steps.at(STEPS)
+    half = steps.half(spill.write_all, write_half)
     for module in [module for name, module in sys.modules.items() if name.startswith("data_loaders.") and hasattr(module, "write_all")]:
         module.write_all = half
 

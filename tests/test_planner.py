@@ -152,7 +152,7 @@ def test_volumes_are_what_is_counted(name, sharding):
     for world in (4,):
         plan = planned(name, world, sharding)
         batch, local = plan.batch_size, plan.batch_size // world
-        ids = vectors = summed = gathered = allocated = 0
+        ids = vectors = summed = numbers = gathered = allocated = 0
         for store in sorted({part.store for part in plan.parts}):
             mine = [(part, place) for part, place in zip(plan.parts, plan.where, strict=True) if part.store == store]
             columns, outputs, rows = [0] * world, [0] * world, [0] * world
@@ -172,12 +172,13 @@ def test_volumes_are_what_is_counted(name, sharding):
             if copied <= batch * looked_up:
                 summed += copied * width * 4
             else:
-                gathered += local * looked_up * (4 + 4 * width)
+                numbers, gathered = numbers + local * looked_up * 4, gathered + local * looked_up * 4 * width
             allocated += max(1, *rows) * mine[0][0].row_bytes
             assert plan.rank_rows(store) == rows == [sum(held.num_rows for held in plan.held(store, rank)) for rank in range(world)]
         assert plan.volumes(1000) == {
             "ids, all-to-all": ids, "vectors, all-to-all": vectors, "gradients of vectors, all-to-all": vectors,
-            "sums of gradients, all-reduce": 4 * 1001 + summed, "rows of copies, all-gather": gathered,
+            "sums of gradients, all-reduce": 4 * 1001 + summed, "row numbers of copies, all-gather": numbers,
+            "gradients of copies, all-gather": gathered,
         }  # fmt: skip
         assert padded_bytes(plan) == allocated
 

@@ -149,4 +149,4 @@ def test_the_planned_volume_is_what_is_exchanged(seed, hotness):
         exchanged = [planned[name] for name in ("ids, all-to-all", "vectors, all-to-all", "gradients of vectors, all-to-all")]
         assert sent.get("all-to-all", [0, 0, 0]) == exchanged
         assert sent["all-reduce"] == [planned["sums of gradients, all-reduce"]]
-        assert sum(sent.get("all-gather", [])) == planned["rows of copies, all-gather"]
+        assert sum(sent.get("all-gather", [])) == planned["row numbers of copies, all-gather"] + planned["gradients of copies, all-gather"]

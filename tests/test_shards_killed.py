@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from killing import Steps
 from saves import ORDER, State, assert_same, checkpoint_of, copied, made, pieces_of, save, the_save
 
 from dlrm_xla import shards
@@ -24,32 +25,17 @@ STEPS = ("fsync", "replace", "unlink", "rmdir", "mkdir", "stat")
 
 def kill_at(step: int) -> None:
     """This process dies before its step number `step`; half of a file is written then."""
-    left, save_file = [step], torch.save
+    save_file = torch.save
 
-    def count() -> bool:
-        left[0] -= 1
-        return left[0] < 0
+    def write_half(content, file) -> None:
+        whole = io.BytesIO()
+        save_file(content, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
 
-    def before(call):
-        def stepped(*args, **kwargs):
-            if count():
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-
-        return stepped
-
-    def half(content, file):
-        if count():
-            whole = io.BytesIO()
-            save_file(content, whole)
-            file.write(whole.getvalue()[: whole.tell() // 2])
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        save_file(content, file)
-
-    torch.save = half
-    for name in STEPS:
-        setattr(os, name, before(getattr(os, name)))
+    steps = Steps(step)
+    steps.at(STEPS)
+    torch.save = steps.half(save_file, write_half)
 
 
 def save_in_processes(path: Path, state: State, world: int, victim: int | None, step: int, all_die: bool) -> tuple[bool, list[int]]:
